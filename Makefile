@@ -23,4 +23,4 @@ proto: ## Generate the Go code of proto/ (needs protoc: apt-get install protobuf
 		-I "$$($(GO) list -m -f '{{.Dir}}' github.com/spiffe/spire-api-sdk)/proto" \
 		--go_out=proto --go_opt=paths=source_relative \
 		--go-grpc_out=proto --go-grpc_opt=paths=source_relative \
-		$$(cd proto && find . -name '*.proto' | sort)
+		$$(cd proto && find * -name '*.proto' | sort)

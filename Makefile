@@ -1,26 +1,67 @@
 # Deputy's tasks. `make` prints them.
 
-SHELL      := /bin/bash
-BIN        := bin
-VERSION    ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
-LDFLAGS    := -s -w -X main.version=$(VERSION)
-GO         ?= go
-export CGO_ENABLED ?= 0
+SHELL   := /bin/bash
+GO      ?= go
+BIN     := bin
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+LDFLAGS := -s -w -X main.version=$(VERSION)
+STATIC  := CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)'
+FUZZ    ?= 20s
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test race fuzz peers bench lint proto tidy clean
+.PHONY: help build demo test prerequisites lint race peers fuzz bench proto clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 build: ## Build the static binaries into bin/
-	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/...
+	$(STATIC) -o $(BIN)/ ./cmd/...
+
+demo: build ## Show the main job with real processes and a container, in under a minute
+	$(STATIC) -o $(BIN)/ ./test/agent ./test/demo
+	$(BIN)/demo
+
+test: prerequisites lint race peers ## Run every test; installs what they need
+	@echo "== all of it passed"
+
+prerequisites:
+	@echo "== what the tests need: a C compiler for the race detector, Docker, a registry, systemd"
+	@test/prerequisites
+
+lint: ## Check formatting, vet and static analysis
+	@echo "== gofmt, vet, staticcheck"
+	@out=$$(gofmt -l $$(git ls-files --cached --others --exclude-standard '*.go')); if [ -n "$$out" ]; then echo "not gofmt'ed:"; echo "$$out"; exit 1; fi
+	$(GO) vet ./...
+	cd tools && CGO_ENABLED=0 $(GO) build -o ../$(BIN)/tools/ honnef.co/go/tools/cmd/staticcheck
+	$(BIN)/tools/staticcheck ./...
+
+race: build
+	@echo "== unit, script and integration tests, fuzz seeds, race detector (the first build takes some minutes)"
+	CGO_ENABLED=1 $(GO) test -race -timeout 20m ./...
+
+peers: build
+	@echo "== stock third parties (the first build of SPIRE takes some minutes)"
+	cd test/peers && $(GO) vet ./... && $(GO) test -timeout 30m ./...
+
+fuzz: ## Fuzz each parser for FUZZ (20s)
+	@for p in $$($(GO) list ./...); do \
+		for f in $$($(GO) test -list '^Fuzz' $$p | grep '^Fuzz'); do \
+			echo "== $$p $$f"; $(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZ) $$p || exit 1; \
+		done; \
+	done
+
+bench: build ## Measure beside a bare gRPC server: Go benchmarks, then a client's view
+	$(GO) test -run '^$$' -bench . -benchmem ./...
+	$(STATIC) -o $(BIN)/ ./test/bench
+	$(BIN)/bench
 
 proto: ## Generate the Go code of proto/ (needs protoc: apt-get install protobuf-compiler)
-	mkdir -p $(BIN)
-	cd tools && $(GO) build -o ../$(BIN)/tools/ google.golang.org/protobuf/cmd/protoc-gen-go google.golang.org/grpc/cmd/protoc-gen-go-grpc
+	cd tools && CGO_ENABLED=0 $(GO) build -o ../$(BIN)/tools/ google.golang.org/protobuf/cmd/protoc-gen-go google.golang.org/grpc/cmd/protoc-gen-go-grpc
 	PATH="$(CURDIR)/$(BIN)/tools:$$PATH" protoc -I proto \
 		-I "$$($(GO) list -m -f '{{.Dir}}' github.com/spiffe/spire-api-sdk)/proto" \
 		--go_out=proto --go_opt=paths=source_relative \
 		--go-grpc_out=proto --go-grpc_opt=paths=source_relative \
 		$$(cd proto && find * -name '*.proto' | sort)
+
+clean: ## Remove what was built
+	rm -rf $(BIN)

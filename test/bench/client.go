@@ -1,0 +1,209 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/metadata"
+)
+
+// A sample is what one client measured.
+type sample struct {
+	Ops     int           `json:"ops"`
+	Elapsed time.Duration `json:"elapsed_ns"`
+	P50     time.Duration `json:"p50_ns"`
+	P99     time.Duration `json:"p99_ns"`
+}
+
+func (s sample) perSecond() float64 { return float64(s.Ops) / s.Elapsed.Seconds() }
+
+func dial(socket string) (*grpc.ClientConn, error) {
+	return grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+}
+
+func withHeader(ctx context.Context) context.Context {
+	return metadata.AppendToOutgoingContext(ctx, "workload.spiffe.io", "true")
+}
+
+// An operation is one call of the kind that is measured; i is never the same twice.
+type operation func(ctx context.Context, i int) error
+
+// fetchX509 opens a stream, takes the first message and ends it.
+func fetchX509(ctx context.Context, c workload.SpiffeWorkloadAPIClient) (*workload.X509SVIDResponse, error) {
+	ctx, cancel := context.WithCancel(withHeader(ctx))
+	defer cancel()
+	stream, err := c.FetchX509SVID(ctx, &workload.X509SVIDRequest{})
+	if err != nil {
+		return nil, err
+	}
+	return stream.Recv()
+}
+
+// operations of a measurement, one for each worker: workers share connections in pairs.
+func operations(op, socket string, workers int) ([]operation, func(), error) {
+	var conns []*grpc.ClientConn
+	done := func() {
+		for _, c := range conns {
+			c.Close()
+		}
+	}
+	ops := make([]operation, workers)
+	var api workload.SpiffeWorkloadAPIClient
+	nonce := strconv.FormatInt(time.Now().UnixNano(), 36)
+	for w := range ops {
+		if op != "connect" && w%2 == 0 {
+			conn, err := dial(socket)
+			if err != nil {
+				done()
+				return nil, nil, err
+			}
+			conns = append(conns, conn)
+			api = workload.NewSpiffeWorkloadAPIClient(conn)
+		}
+		c := api
+		switch op {
+		case "x509":
+			ops[w] = func(ctx context.Context, _ int) error {
+				_, err := fetchX509(ctx, c)
+				return err
+			}
+		case "connect":
+			ops[w] = func(ctx context.Context, _ int) error {
+				conn, err := dial(socket)
+				if err != nil {
+					return err
+				}
+				defer conn.Close()
+				_, err = fetchX509(ctx, workload.NewSpiffeWorkloadAPIClient(conn))
+				return err
+			}
+		case "jwt":
+			ops[w] = func(ctx context.Context, i int) error {
+				_, err := c.FetchJWTSVID(withHeader(ctx), &workload.JWTSVIDRequest{
+					Audience: []string{fmt.Sprintf("https://%s.%d.%d.example/api", nonce, w, i)},
+				})
+				return err
+			}
+		case "validate":
+			r, err := c.FetchJWTSVID(withHeader(context.Background()), &workload.JWTSVIDRequest{Audience: []string{"https://bench.example"}})
+			if err != nil {
+				done()
+				return nil, nil, err
+			}
+			token := r.Svids[0].Svid
+			ops[w] = func(ctx context.Context, _ int) error {
+				_, err := c.ValidateJWTSVID(withHeader(ctx), &workload.ValidateJWTSVIDRequest{Audience: "https://bench.example", Svid: token})
+				return err
+			}
+		default:
+			done()
+			return nil, nil, fmt.Errorf("no operation %q", op)
+		}
+	}
+	return ops, done, nil
+}
+
+// measure runs the operation in a closed loop, with this many workers, for
+// about this long, and prints a sample.
+func measure(op, socket string, workers int, length time.Duration) error {
+	ops, done, err := operations(op, socket, workers)
+	if err != nil {
+		return err
+	}
+	defer done()
+	ctx := context.Background()
+	for _, o := range ops { // warm up: connections, evidence, first SVID
+		if err := o(ctx, -1); err != nil {
+			return err
+		}
+	}
+	var (
+		wg    sync.WaitGroup
+		fail  atomic.Value
+		times = make([][]time.Duration, workers)
+		start = time.Now()
+	)
+	for w, o := range ops {
+		wg.Go(func() {
+			for i := 0; time.Since(start) < length; i++ {
+				t := time.Now()
+				if err := o(ctx, i); err != nil {
+					fail.Store(err)
+					return
+				}
+				times[w] = append(times[w], time.Since(t))
+			}
+		})
+	}
+	wg.Wait()
+	elapsed := time.Since(start)
+	if err, ok := fail.Load().(error); ok {
+		return err
+	}
+	all := slices.Concat(times...)
+	slices.Sort(all)
+	return json.NewEncoder(os.Stdout).Encode(sample{
+		Ops: len(all), Elapsed: elapsed, P50: all[len(all)/2], P99: all[len(all)*99/100],
+	})
+}
+
+// hold opens streams on one connection and prints a line when all have had
+// their first message, then one line "N S" per further message: the stream
+// and how many seconds its SVID had left. It ends when its input does.
+func hold(socket string, streams int) error {
+	conn, err := dial(socket)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	c := workload.NewSpiffeWorkloadAPIClient(conn)
+	ctx, cancel := context.WithCancel(withHeader(context.Background()))
+	defer cancel()
+	var (
+		first sync.WaitGroup
+		mu    sync.Mutex // guards out
+		out   = bufio.NewWriter(os.Stdout)
+	)
+	first.Add(streams)
+	for n := range streams {
+		stream, err := c.FetchX509SVID(ctx, &workload.X509SVIDRequest{})
+		if err != nil {
+			return err
+		}
+		go func() {
+			if _, err := stream.Recv(); err != nil {
+				fmt.Fprintln(os.Stderr, "first message:", err)
+				os.Exit(1)
+			}
+			first.Done()
+			for {
+				if _, err := stream.Recv(); err != nil {
+					return
+				}
+				mu.Lock()
+				fmt.Fprintln(out, n, time.Now().UnixNano())
+				out.Flush()
+				mu.Unlock()
+			}
+		}()
+	}
+	first.Wait()
+	mu.Lock()
+	fmt.Fprintln(out, "ready")
+	out.Flush()
+	mu.Unlock()
+	_, err = io.Copy(io.Discard, os.Stdin)
+	return err
+}

@@ -1,0 +1,140 @@
+// Package peers runs unmodified third parties against Deputy's binaries. It is
+// a module of its own, so that what they depend on is no dependency of ours.
+package peers
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// spireVersion is that of go.mod.
+const spireVersion = "1.15.3"
+
+// spireServer builds SPIRE's server, whose command line is a client of the
+// admin socket, once for this machine.
+var spireServer = sync.OnceValues(func() (string, error) {
+	return build("spire-server-"+spireVersion, "github.com/spiffe/spire/cmd/spire-server")
+})
+
+// build keeps a binary in the user's cache directory, under a name that holds its version.
+func build(name, pkg string) (string, error) {
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		cache = os.TempDir()
+	}
+	path := filepath.Join(cache, "deputy-peers", name)
+	if _, err := os.Stat(path); err == nil {
+		return path, nil
+	}
+	fmt.Fprintf(os.Stderr, "building %s (once; some minutes)\n", name)
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return "", err
+	}
+	temp := fmt.Sprintf("%s.%d", path, os.Getpid())
+	if out, err := exec.Command("go", "build", "-o", temp, pkg).CombinedOutput(); err != nil {
+		return "", fmt.Errorf("build %s: %w\n%s", pkg, err, out)
+	}
+	return path, os.Rename(temp, path)
+}
+
+// deputy builds the daemon from the module above.
+var deputy = sync.OnceValues(func() (string, error) {
+	dir, err := os.MkdirTemp("", "deputy-peers-")
+	if err != nil {
+		return "", err
+	}
+	path := filepath.Join(dir, "deputy")
+	cmd := exec.Command("go", "build", "-o", path, "./cmd/deputy")
+	cmd.Dir = "../.."
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("build deputy: %w\n%s", err, out)
+	}
+	return path, nil
+})
+
+func TestMain(m *testing.M) {
+	code := m.Run()
+	if path, err := deputy(); err == nil {
+		os.RemoveAll(filepath.Dir(path))
+	}
+	os.Exit(code)
+}
+
+// A daemon is a running deputy with its directory.
+type daemon struct {
+	binary, dir, workload, admin string
+}
+
+// start runs a daemon for the length of the test, with these lines of
+// configuration after its trust domain and sockets.
+func start(t *testing.T, trustDomain, config string) *daemon {
+	t.Helper()
+	binary, err := deputy()
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir, err := os.MkdirTemp("", "dp") // t.TempDir is too long for a socket
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	d := &daemon{binary, dir, filepath.Join(dir, "public/w.sock"), filepath.Join(dir, "private/a.sock")}
+	file := filepath.Join(dir, "deputy.hcl")
+	text := fmt.Sprintf("trust_domain = %q\ndata_dir = %q\nworkload_socket { path = %q }\nadmin_socket { path = %q }\n%s",
+		trustDomain, filepath.Join(dir, "data"), d.workload, d.admin, config)
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	var log bytes.Buffer
+	cmd := exec.Command(binary, "run", "--config", file)
+	cmd.Stderr = &log
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		cmd.Process.Signal(syscall.SIGTERM)
+		if err := cmd.Wait(); err != nil {
+			t.Errorf("deputy run: %v", err)
+		}
+		if t.Failed() {
+			t.Logf("log of the daemon:\n%s", &log)
+		}
+	})
+	for end := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		if exec.Command(binary, "health", "--socket", d.workload).Run() == nil {
+			return d
+		}
+		if time.Now().After(end) {
+			t.Fatalf("deputy did not become healthy:\n%s", &log)
+		}
+	}
+}
+
+// run runs a command, wants it to succeed and returns its output.
+func run(t *testing.T, name string, args ...string) string {
+	t.Helper()
+	out, err := exec.Command(name, args...).CombinedOutput()
+	if err != nil {
+		t.Fatalf("%s %s: %v\n%s", filepath.Base(name), strings.Join(args, " "), err, out)
+	}
+	return string(out)
+}
+
+// fail runs a command, wants it to fail and returns its output.
+func fail(t *testing.T, name string, args ...string) string {
+	t.Helper()
+	out, err := exec.Command(name, args...).CombinedOutput()
+	if err == nil {
+		t.Fatalf("%s %s: got success, want failure\n%s", filepath.Base(name), strings.Join(args, " "), out)
+	}
+	return string(out)
+}

@@ -1,0 +1,303 @@
+// Package attack tries to get SVIDs that are not the asker's, from a real
+// daemon, as a process of the same host would: another user, a child that
+// inherited a connection, a program that is replaced while it asks, a program
+// or a cgroup directory that is mounted over another. Each attack stands
+// beside the honest request that succeeds, so that it cannot fail to run and
+// seem repelled.
+package attack
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+const victimUID, attackerUID = 61001, 61002
+
+func TestMain(m *testing.M) {
+	if play() {
+		return
+	}
+	os.Exit(m.Run())
+}
+
+// A scene is a daemon with an entry for the victim's program and one for the
+// victim's cgroup, and the programs of both sides.
+type scene struct {
+	socket           string
+	victim, attacker string   // the same program at two paths
+	cgroups          []string // the victim's cgroup directories
+	forged           string   // a cgroup file that names the victim's cgroup
+}
+
+func newScene(t *testing.T) *scene {
+	t.Helper()
+	if os.Getuid() != 0 {
+		if os.Getenv("CI") != "" {
+			t.Fatal("the attacks start processes of other users: they need root")
+		}
+		t.Skip("SKIPPED: the attacks start processes of other users: they need root")
+	}
+	dir, err := os.MkdirTemp("", "atk")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	if err := os.Chmod(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	s := &scene{
+		socket:   filepath.Join(dir, "public/w.sock"),
+		victim:   filepath.Join(dir, "victim"),
+		attacker: filepath.Join(dir, "attacker"),
+		forged:   filepath.Join(dir, "cgroup"),
+	}
+	self, err := os.ReadFile("/proc/self/exe")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range []string{s.victim, s.attacker} {
+		if err := os.WriteFile(p, self, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	name := filepath.Base(dir)
+	for _, root := range []string{"/sys/fs/cgroup/unified", "/sys/fs/cgroup/systemd", "/sys/fs/cgroup"} {
+		if _, err := os.Stat(filepath.Join(root, "cgroup.procs")); err != nil {
+			continue
+		}
+		cg := filepath.Join(root, name)
+		if err := os.Mkdir(cg, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			for end := time.Now().Add(5 * time.Second); time.Now().Before(end) && os.Remove(cg) != nil; time.Sleep(50 * time.Millisecond) {
+			}
+		})
+		s.cgroups = append(s.cgroups, cg)
+	}
+	if len(s.cgroups) == 0 {
+		t.Fatal("no cgroup hierarchy with processes found")
+	}
+	if err := os.WriteFile(s.forged, fmt.Appendf(nil, "1:name=systemd:/%s\n0::/%s\n", name, name), 0o644); err != nil {
+		t.Fatal(err)
+	}
+
+	deputy := filepath.Join(dir, "deputy")
+	build := exec.Command("go", "build", "-o", deputy, "../../cmd/deputy")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("build deputy: %v\n%s", err, out)
+	}
+	config := filepath.Join(dir, "deputy.hcl")
+	if err := os.WriteFile(config, fmt.Appendf(nil, `
+trust_domain = "attack.example"
+data_dir     = %q
+workload_socket { path = %q }
+admin_socket { path = %q }
+
+entry "/victim/path" {
+  selectors = ["unix:path:%s"]
+}
+
+entry "/victim/user" {
+  selectors = ["unix:uid:%d"]
+}
+
+entry "/victim/cgroup" {
+  selectors = ["cgroup:path:/%s"]
+}
+`, filepath.Join(dir, "data"), s.socket, filepath.Join(dir, "private/a.sock"), s.victim, victimUID, name), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	var log bytes.Buffer
+	daemon := exec.Command(deputy, "run", "--config", config)
+	daemon.Stderr = &log
+	if err := daemon.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		daemon.Process.Signal(syscall.SIGTERM)
+		if err := daemon.Wait(); err != nil {
+			t.Errorf("deputy run: %v", err)
+		}
+		if t.Failed() {
+			t.Logf("log of the daemon:\n%s", &log)
+		}
+	})
+	for end := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		if exec.Command(deputy, "health", "--socket", s.socket).Run() == nil {
+			return s
+		}
+		if time.Now().After(end) {
+			t.Fatalf("deputy did not become healthy:\n%s", &log)
+		}
+	}
+}
+
+// user makes the command run as this user.
+func user(cmd *exec.Cmd, uid uint32) *exec.Cmd {
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}
+	return cmd
+}
+
+// plundered runs an attack and returns what it printed; that it ends with an
+// error is no matter, that it could not play its part is.
+func plundered(t *testing.T, cmd *exec.Cmd) (out, errs string) {
+	t.Helper()
+	var o, e bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &o, &e
+	cmd.WaitDelay = 5 * time.Second
+	var exit *exec.ExitError
+	if err := cmd.Run(); err != nil && !errors.As(err, &exit) && !errors.Is(err, exec.ErrWaitDelay) {
+		t.Fatalf("the attack could not start: %v", err)
+	}
+	return o.String(), e.String()
+}
+
+// granted wants the honest request to yield this ID.
+func granted(t *testing.T, cmd *exec.Cmd, id string) {
+	t.Helper()
+	out, errs := plundered(t, cmd)
+	if !strings.Contains(out, "spiffe://attack.example"+id+"\n") {
+		t.Fatalf("the honest request: got %q (%s), want spiffe://attack.example%s", out, errs, id)
+	}
+}
+
+// denied wants an attack to be refused for want of an identity, and not to have failed before it.
+func denied(t *testing.T, cmd *exec.Cmd) {
+	t.Helper()
+	out, errs := plundered(t, cmd)
+	if out != "" {
+		t.Errorf("the attack got %q", out)
+	}
+	if !strings.Contains(errs, "PermissionDenied") {
+		t.Errorf("got %q, want PermissionDenied", errs)
+	}
+}
+
+func TestAnotherUser(t *testing.T) {
+	s := newScene(t)
+	granted(t, user(as("fetch", s.attacker, s.socket), victimUID), "/victim/user")
+	denied(t, user(as("fetch", s.attacker, s.socket), attackerUID))
+}
+
+func TestChildThatInheritedTheConnection(t *testing.T) {
+	s := newScene(t)
+	granted(t, user(as("fetch", s.victim, s.socket), attackerUID), "/victim/path")
+	out, errs := plundered(t, user(as("inherit", s.victim, s.socket, s.attacker), attackerUID))
+	if out != "" {
+		t.Errorf("the child got %q", out)
+	}
+	if strings.Contains(errs, "challenge") {
+		t.Errorf("the parent did not get as far as the child: %s", errs)
+	}
+}
+
+func TestProgramReplacedWhileAChildReads(t *testing.T) {
+	s := newScene(t)
+	granted(t, user(as("fetch", s.victim, s.socket), attackerUID), "/victim/path")
+	for _, wait := range []time.Duration{0, 100 * time.Microsecond, 300 * time.Microsecond, time.Millisecond, 3 * time.Millisecond, 10 * time.Millisecond, 50 * time.Millisecond} {
+		for range 5 {
+			out, errs := plundered(t, user(as("swap", s.attacker, s.socket, s.attacker, s.victim, wait.String()), attackerUID))
+			if out != "" {
+				t.Errorf("executing the victim's program after %s: the child got %q", wait, out)
+			}
+			if errs != "" {
+				t.Errorf("executing the victim's program after %s: %s", wait, errs)
+			}
+		}
+	}
+}
+
+func TestProgramThatEchoesTheChallenge(t *testing.T) {
+	s := newScene(t)
+	cat, err := exec.LookPath("cat")
+	if err != nil {
+		t.Fatal(err)
+	}
+	// cat, at the victim's path, with the connection as its input and output,
+	// would send the challenge back.
+	raw, err := os.ReadFile(cat)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(s.victim); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(s.victim, raw, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	fd, err := syscall.Socket(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn := os.NewFile(uintptr(fd), "connection")
+	defer conn.Close()
+	echo := user(exec.Command("/bin/sh", "-c", "exec "+s.victim), attackerUID)
+	if err := syscall.Connect(fd, &syscall.SockaddrUnix{Name: s.socket}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := syscall.Write(fd, request()); err != nil {
+		t.Fatal(err)
+	}
+	echo.Stdin, echo.Stdout = conn, conn
+	if err := echo.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer echo.Wait()
+	defer echo.Process.Kill()
+	if err := syscall.SetsockoptTimeval(fd, syscall.SOL_SOCKET, syscall.SO_RCVTIMEO, &syscall.Timeval{Sec: 10}); err != nil {
+		t.Fatal(err)
+	}
+	got, err := io.ReadAll(conn)
+	if bytes.Contains(got, []byte("spiffe://attack.example")) {
+		t.Errorf("the attacker got an SVID")
+	}
+	if err != nil && !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("the connection was left open: %v", err)
+	}
+}
+
+func TestProgramMountedOverAnother(t *testing.T) {
+	s := newScene(t)
+	granted(t, user(as("fetch", s.victim, s.socket), attackerUID), "/victim/path")
+	cmd := as("bind", s.attacker, s.socket, s.attacker, s.victim)
+	namespaces(cmd, syscall.CLONE_NEWUSER|syscall.CLONE_NEWNS)
+	denied(t, cmd)
+}
+
+func TestCgroupDirectoryMountedOverAnother(t *testing.T) {
+	s := newScene(t)
+	inside := exec.Command("/bin/sh", "-c", `for c in "$@"; do echo $$ >"$c/cgroup.procs" || exit 9; done; exec "$0" "$SOCKET"`, s.attacker)
+	inside.Args = append(inside.Args, s.cgroups...)
+	inside.Env = []string{role + "=fetch", "SOCKET=" + s.socket}
+	granted(t, inside, "/victim/cgroup")
+
+	cmd := as("bind-cgroup", s.attacker, s.socket, strings.Join(s.cgroups, ","), s.forged)
+	namespaces(cmd, syscall.CLONE_NEWUSER|syscall.CLONE_NEWNS|syscall.CLONE_NEWCGROUP)
+	denied(t, cmd)
+}
+
+// namespaces starts the command as the attacker, as root of new namespaces of
+// the attacker's: what unshare(1) does for anybody.
+func namespaces(cmd *exec.Cmd, flags uintptr) {
+	self := cmd.Path
+	args := strings.Join(cmd.Args[1:], "' '")
+	option := map[uintptr]string{
+		syscall.CLONE_NEWUSER | syscall.CLONE_NEWNS:                           "-Urm",
+		syscall.CLONE_NEWUSER | syscall.CLONE_NEWNS | syscall.CLONE_NEWCGROUP: "-UrmC",
+	}[flags]
+	cmd.Path = "/bin/sh"
+	cmd.Args = []string{"sh", "-c", "exec unshare " + option + " " + self + " '" + args + "'"}
+	cmd.Env = append(cmd.Env, "PATH=/usr/bin:/bin")
+	user(cmd, attackerUID)
+}

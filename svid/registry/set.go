@@ -1,9 +1,40 @@
 package registry
 
-import "github.com/deputy-id/deputy/attestor"
+import (
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/deputy-id/deputy/attestor"
+)
+
+// instanceLength is that of attestor.Evidence.Instance.
+const instanceLength = 26
 
 // A Set is an immutable collection of entries, indexed by selector.
-type Set struct{}
+type Set struct {
+	order []*record // as they are served
+	ids   *table[string, *record]
+	kin   *table[kinship, *record]
+	index *table[attestor.Selector, []*record] // each record once, under one of its selectors
+	types map[string]int                       // how many records need a selector of the type
+	sums  demands
+}
+
+// A record is an entry with what is computed from it once.
+type record struct {
+	Entry
+	path      *template
+	place     int               // in the file
+	indexed   attestor.Selector // under which the index has it
+	transient bool              // not in the database
+}
+
+// demands counts the records that want a costly selector.
+type demands struct{ executable, parent int }
 
 // A Match is what a process is entitled to by its evidence.
 type Match struct {
@@ -12,15 +43,338 @@ type Match struct {
 	Unknown []string // prefixes of unknown selectors but for which more entries might match
 }
 
-// NewSet indexes the entries.
-func NewSet(entries []Entry) *Set { panic("unbuilt") }
+// NewSet indexes the entries, which must have passed Check or come from a
+// server that did as much. Those whose path cannot be read match nothing.
+func NewSet(entries []Entry) *Set {
+	records := make([]*record, 0, len(entries))
+	for i, e := range entries {
+		records = append(records, newRecord(e, i, false))
+	}
+	return buildSet(records)
+}
+
+func newRecord(e Entry, place int, transient bool) *record {
+	r := &record{Entry: e, place: place, transient: transient}
+	if t, err := parsePath(e.Path); err == nil {
+		r.path = t
+	}
+	return r
+}
+
+// compare is the order in which records are served.
+func (r *record) compare(o *record) int {
+	switch {
+	case r.FromFile && o.FromFile:
+		return r.place - o.place
+	case r.FromFile:
+		return -1
+	case o.FromFile:
+		return 1
+	}
+	return r.Entry.compare(&o.Entry)
+}
+
+func emptySet() *Set {
+	return &Set{
+		ids:   new(table[string, *record]),
+		kin:   new(table[kinship, *record]),
+		index: new(table[attestor.Selector, []*record]),
+		types: make(map[string]int),
+	}
+}
+
+func buildSet(records []*record) *Set {
+	s := emptySet()
+	s.order = records
+	slices.SortStableFunc(s.order, (*record).compare)
+	for _, r := range s.order {
+		s.ids.put(r.ID, r)
+		s.kin.put(kin(&r.Entry), r)
+		if r.path == nil || len(r.Selectors) == 0 {
+			continue // matches nothing
+		}
+		r.indexed = s.rarest(r)
+		s.index.put(r.indexed, append(s.index.get(r.indexed), r))
+		count(s.types, r, 1)
+		s.sums.add(r, 1)
+	}
+	return s
+}
+
+// rarest chooses the selector of the record that the fewest others are indexed
+// under, so that a selector which all entries share costs nobody anything.
+func (s *Set) rarest(r *record) attestor.Selector {
+	best, fewest := attestor.Selector{}, -1
+	for _, sel := range r.Selectors {
+		if n := len(s.index.get(sel)); fewest < 0 || n < fewest {
+			best, fewest = sel, n
+		}
+	}
+	return best
+}
+
+// with returns a set that has the record too.
+func (s *Set) with(r *record) *Set {
+	next := *s
+	at, _ := slices.BinarySearchFunc(s.order, r, (*record).compare)
+	if at == len(s.order) {
+		// The spare room behind the slice belongs to the newest set, and sets
+		// descend from one another in one line: no older set sees it.
+		next.order = append(s.order, r)
+	} else {
+		next.order = slices.Concat(s.order[:at], []*record{r}, s.order[at:])
+	}
+	next.ids = s.ids.with(r.ID, r)
+	next.kin = s.kin.with(kin(&r.Entry), r)
+	if r.path == nil || len(r.Selectors) == 0 {
+		return &next
+	}
+	r.indexed = s.rarest(r)
+	next.index = s.index.with(r.indexed, slices.Concat(s.index.get(r.indexed), []*record{r}))
+	next.types = maps.Clone(s.types)
+	count(next.types, r, 1)
+	next.sums.add(r, 1)
+	return &next
+}
+
+// without returns a set that lacks the record.
+func (s *Set) without(r *record) *Set {
+	next := *s
+	next.order = make([]*record, 0, len(s.order))
+	for _, o := range s.order {
+		if o != r {
+			next.order = append(next.order, o)
+		}
+	}
+	next.ids = s.ids.without(r.ID)
+	if k := kin(&r.Entry); s.kin.get(k) == r {
+		next.kin = s.kin.without(k)
+	}
+	if r.path == nil || len(r.Selectors) == 0 {
+		return &next
+	}
+	rest := slices.DeleteFunc(slices.Clone(s.index.get(r.indexed)), func(o *record) bool { return o == r })
+	if len(rest) == 0 {
+		next.index = s.index.without(r.indexed)
+	} else {
+		next.index = s.index.with(r.indexed, rest)
+	}
+	next.types = maps.Clone(s.types)
+	count(next.types, r, -1)
+	next.sums.add(r, -1)
+	return &next
+}
+
+// count adds n for each type that the record needs a selector of.
+func count(types map[string]int, r *record, n int) {
+	add := func(typ string) {
+		if types[typ] += n; types[typ] == 0 {
+			delete(types, typ)
+		}
+	}
+	for i, s := range r.Selectors {
+		if i == 0 || s.Type != r.Selectors[i-1].Type {
+			add(s.Type)
+		}
+	}
+	for _, k := range r.path.keys {
+		typ, _, _ := strings.Cut(k, ":")
+		add(typ)
+	}
+}
+
+func (d *demands) add(r *record, n int) {
+	wants := func(typ, name string) bool {
+		return slices.Contains(r.path.keys, typ+":"+name) || slices.ContainsFunc(r.Selectors, func(s attestor.Selector) bool {
+			return s.Type == typ && strings.HasPrefix(s.Value, name)
+		})
+	}
+	if wants("unix", "sha256:") {
+		d.executable += n
+	}
+	if wants("process", "parent_sha256:") {
+		d.parent += n
+	}
+}
 
 // Entries lists all entries in serving order, unrendered.
-func (s *Set) Entries() []Entry { panic("unbuilt") }
+func (s *Set) Entries() []Entry {
+	entries := make([]Entry, len(s.order))
+	for i, r := range s.order {
+		entries[i] = r.Entry
+	}
+	return entries
+}
 
-// Match returns the entries all of whose selectors the evidence holds, with
-// templates and instances rendered.
-func (s *Set) Match(ev *attestor.Evidence) Match { panic("unbuilt") }
+// Len is the number of entries.
+func (s *Set) Len() int { return len(s.order) }
+
+// Entry returns the entry with this ID, unrendered.
+func (s *Set) Entry(id string) (Entry, bool) {
+	if r := s.ids.get(id); r != nil {
+		return r.Entry, true
+	}
+	return Entry{}, false
+}
 
 // Demand says which costly selectors the entries ask for.
-func (s *Set) Demand() attestor.Demand { panic("unbuilt") }
+func (s *Set) Demand() attestor.Demand {
+	return attestor.Demand{ExecutableDigest: s.sums.executable > 0, ParentDigest: s.sums.parent > 0}
+}
+
+// Match returns the entries all of whose selectors the evidence holds, with
+// templates and instances rendered. Its cost grows with the selectors of the
+// process; only while some of those are unknown does it look at all entries.
+func (s *Set) Match(ev *attestor.Evidence) Match {
+	now := time.Now()
+	var found []*record
+	for i, sel := range ev.Selectors {
+		if i > 0 && sel == ev.Selectors[i-1] {
+			continue
+		}
+		for _, r := range s.index.get(sel) {
+			if r.live(now) && r.held(ev) {
+				found = append(found, r)
+			}
+		}
+	}
+	slices.SortFunc(found, (*record).compare)
+
+	var m Match
+	for _, r := range found {
+		if r.uncertain(ev) {
+			continue // a value that is not known for sure makes no identity
+		}
+		e, ok := r.render(ev)
+		switch {
+		case !ok:
+		case ev.Traced && !r.AllowTraced:
+			m.Traced = true
+		default:
+			m.Entries = append(m.Entries, e)
+		}
+	}
+	m.Unknown = s.unknown(ev, now)
+	return m
+}
+
+// live reports whether the entry has not expired.
+func (r *record) live(now time.Time) bool {
+	return r.ExpiresAt.IsZero() || now.Before(r.ExpiresAt)
+}
+
+func (r *record) held(ev *attestor.Evidence) bool {
+	for _, s := range r.Selectors {
+		if s != r.indexed && !ev.Has(s) {
+			return false
+		}
+	}
+	return true
+}
+
+// uncertain reports whether a place of the path could have another value than
+// the evidence shows.
+func (r *record) uncertain(ev *attestor.Evidence) bool {
+	if r.path.fixed() {
+		return false
+	}
+	for _, u := range ev.Unknown {
+		if slices.ContainsFunc(u.Prefixes, r.path.mayDiffer) {
+			return true
+		}
+	}
+	return false
+}
+
+// render returns the entry with the SPIFFE ID that this process has under it.
+func (r *record) render(ev *attestor.Evidence) (Entry, bool) {
+	if r.path.fixed() && !r.Instance && !r.SPIFFEID.IsZero() {
+		return r.Entry, true
+	}
+	path, ok := r.path.render(ev.Selectors)
+	if !ok {
+		return Entry{}, false
+	}
+	if r.Instance {
+		if len(ev.Instance) != instanceLength {
+			return Entry{}, false // else two processes would share one ID
+		}
+		path += "/" + ev.Instance
+	}
+	id, err := spiffeid.FromPath(r.ParentID.TrustDomain(), path)
+	if err != nil || len(id.String()) > maxID {
+		return Entry{}, false
+	}
+	e := r.Entry
+	e.SPIFFEID = id
+	return e, true
+}
+
+// unknown lists the unknown prefixes that stand between the process and an
+// entry all of whose other selectors it has. That an entry does not allow a
+// traced process does not matter here: what is unknown is never "no".
+func (s *Set) unknown(ev *attestor.Evidence, now time.Time) []string {
+	asked := s.used(ev)
+	if len(asked) == 0 {
+		return nil
+	}
+	has := make(map[attestor.Selector]struct{}, len(ev.Selectors))
+	for _, sel := range ev.Selectors {
+		has[sel] = struct{}{}
+	}
+	var between, prefixes []string
+	for _, r := range s.order {
+		if r.path == nil || len(r.Selectors) == 0 || !r.live(now) {
+			continue
+		}
+		between = between[:0]
+		possible := true
+		for _, sel := range r.Selectors {
+			if _, ok := has[sel]; ok {
+				continue
+			}
+			if possible = ev.MayHave(sel); !possible {
+				break
+			}
+			text := sel.String()
+			for _, p := range asked {
+				if strings.HasPrefix(text, p) {
+					between = append(between, p)
+				}
+			}
+		}
+		if !possible {
+			continue
+		}
+		for _, p := range asked {
+			if r.path.mayDiffer(p) {
+				between = append(between, p)
+			}
+		}
+		for _, p := range between {
+			if !slices.Contains(prefixes, p) {
+				prefixes = append(prefixes, p)
+			}
+		}
+		if len(prefixes) == len(asked) {
+			break
+		}
+	}
+	slices.Sort(prefixes)
+	return prefixes
+}
+
+// used returns the unknown prefixes of types that some entry needs, each once.
+func (s *Set) used(ev *attestor.Evidence) []string {
+	var asked []string
+	for _, u := range ev.Unknown {
+		for _, p := range u.Prefixes {
+			typ, _, whole := strings.Cut(p, ":")
+			if whole && s.types[typ] == 0 || slices.Contains(asked, p) {
+				continue
+			}
+			asked = append(asked, p)
+		}
+	}
+	return asked
+}

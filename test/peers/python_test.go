@@ -1,0 +1,78 @@
+package peers
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+)
+
+// python makes a virtual environment with the SPIFFE client, once for this machine.
+var python = sync.OnceValues(func() (string, error) {
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		cache = os.TempDir()
+	}
+	const client = "spiffe==0.3.2"
+	venv := filepath.Join(cache, "deputy-peers", "python-"+client)
+	path := filepath.Join(venv, "bin/python")
+	if exec.Command(path, "-c", "import spiffe").Run() == nil {
+		return path, nil
+	}
+	if out, err := exec.Command("python3", "-m", "venv", "--clear", venv).CombinedOutput(); err != nil {
+		return "", fmt.Errorf("make a virtual environment: %w\n%s", err, out)
+	}
+	if out, err := exec.Command(path, "-m", "pip", "install", "-q", client).CombinedOutput(); err != nil {
+		return "", fmt.Errorf("install %s: %w\n%s", client, err, out)
+	}
+	return path, nil
+})
+
+// The README's lines, under deputy exec with a name, as it says.
+func TestPythonAgentOfTheReadme(t *testing.T) {
+	interpreter, err := python()
+	if err != nil {
+		t.Fatal(err)
+	}
+	readme, err := os.ReadFile("../../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, ok := strings.Cut(string(readme), "```python\n")
+	program, _, ok2 := strings.Cut(rest, "```")
+	if !ok || !ok2 {
+		t.Fatal("the README has no Python lines")
+	}
+	d := start(t, "peers.example", "")
+	script := filepath.Join(d.dir, "agent.py")
+	if err := os.WriteFile(script, []byte(program), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	got := run(t, d.binary, "exec", "--socket", d.workload, "--admin-socket", d.admin,
+		"--name", "researcher", "--entry", "/agent/researcher", "--", interpreter, script)
+	if want := "spiffe://peers.example/agent/researcher"; strings.TrimSpace(got) != want {
+		t.Errorf("got %q, want %s", got, want)
+	}
+	contains(t, d.cli(t, "entry", "count"), "0 registration entries")
+}
+
+// A JWT-SVID and the bundles, by the same client.
+func TestPythonClientFetchesAndValidates(t *testing.T) {
+	interpreter, err := python()
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := start(t, "peers.example", "entry \"/agent/py\" {\n  selectors = [\"unix:uid:"+fmt.Sprint(os.Getuid())+"\"]\n}\n")
+	got := run(t, interpreter, "-c", `
+import sys
+from spiffe import WorkloadApiClient
+with WorkloadApiClient(sys.argv[1]) as c:
+    svid = c.fetch_jwt_svid(audience={"tool"})
+    print(c.validate_jwt_svid(svid.token, audience="tool").spiffe_id)
+    print(len(c.fetch_x509_bundles().bundles), len(c.fetch_jwt_bundles().bundles))
+`, "unix://"+d.workload)
+	contains(t, got, "spiffe://peers.example/agent/py", "1 1")
+}

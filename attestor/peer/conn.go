@@ -1,63 +1,333 @@
 package peer
 
 import (
-	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
 	"net"
-	"os"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
 )
 
-// A Listener accepts connections on a Unix socket and pins the process behind each.
-type Listener struct{}
-
-// Options of a Listener.
-type Options struct {
-	Mode  os.FileMode // of the socket file
-	Group int         // GID of the socket file, -1 for the daemon's
-	// Refuse is asked, in Accept, whether a connection more is one too many
-	// for its UID; a reason refuses it. It must not block. Nil accepts all.
-	Admit func(uid uint32) (release func(), err error)
-}
-
-// Listen binds the socket. A stale socket file is replaced; a live one, a file
-// that is no socket, and a path longer than 107 bytes are errors.
-func Listen(path string, table *Table, o Options) (*Listener, error) { panic("unbuilt") }
-
-// Accept returns the next connection, as a *Conn. It only pins and counts: a
-// peer that is refused is told why (SETTINGS and GOAWAY), in a goroutine of
-// its own, and does not come out here.
-func (l *Listener) Accept() (net.Conn, error) { panic("unbuilt") }
-
-// Close stops accepting and removes the socket file if it is still this listener's.
-func (l *Listener) Close() error { panic("unbuilt") }
-
-// Addr is the address of the socket.
-func (l *Listener) Addr() net.Addr { panic("unbuilt") }
+// partingTime bounds what is spent on telling a peer why it is sent away.
+const partingTime = time.Second
 
 // A Conn is a connection of one pinned process. Its Read takes messages from
 // that process alone; one from another closes the connection.
 type Conn struct {
-	net.Conn
+	socket  *net.UnixConn
+	raw     syscall.RawConn // of socket
+	process *Process
+	program *Program
+	creds   Credentials
+	partings
+	release func() // what Admit gave; called once
+
+	closing sync.Once
+	closed  error // of Close, under closing
+
+	readMu   sync.Mutex
+	incoming message               // the one being received
+	receive  func(fd uintptr) bool // incoming.receive, made once
+	rest     []byte                // read during the challenge, for the next Reads
+	buffer   *[]byte               // rest is part of; nil or from buffers
+
+	writeMu sync.Mutex
+	frames  frameTracker
+	parting string      // the reason of GoAway, once leaving
+	leaving atomic.Bool // nothing but the GOAWAY is written any more
+}
+
+// message is one recvmsg: what is received, and from whom.
+type message struct {
+	into    []byte
+	control [controlLen]byte
+	n, oobn int
+	flags   int
+	err     error
+}
+
+// ucredLen is the size of struct ucred; controlLen has room for it and for
+// nothing else, so that a descriptor that is sent along is never installed.
+const (
+	ucredLen   = 12
+	controlLen = 32 // unix.CmsgSpace(ucredLen) on 64-bit
+)
+
+func newConn(socket *net.UnixConn, raw syscall.RawConn, p *Process) *Conn {
+	c := &Conn{socket: socket, raw: raw, process: p}
+	c.receive = c.incoming.receive
+	return c
 }
 
 // Process is the process that connected. The Conn holds it until Close.
-func (c *Conn) Process() *Process { panic("unbuilt") }
+func (c *Conn) Process() *Process { return c.process }
 
 // Program is what that process ran when it connected.
-func (c *Conn) Program() *Program { panic("unbuilt") }
+func (c *Conn) Program() *Program { return c.program }
+
+// Credentials are those that the process had when it connected.
+func (c *Conn) Credentials() Credentials { return c.creds }
 
 // Check returns nil while the process lives and runs the program, under the
 // credentials, that opened the connection; else ErrGone, ErrProgramChanged or
 // ErrCredentialsChanged. It costs a handful of system calls.
-func (c *Conn) Check() error { panic("unbuilt") }
+func (c *Conn) Check() error {
+	if err := c.program.Current(); err != nil {
+		return err
+	}
+	info, err := c.process.Info()
+	if err != nil {
+		return err
+	}
+	if info.Credentials != c.creds {
+		return ErrCredentialsChanged
+	}
+	return nil
+}
 
-// Challenge opens HTTP/2 and returns once the recorded program has answered a
-// PING with random content; what it sent meanwhile is given to the next Read.
-// After an error the peer has been told the reason and the Conn is closed.
-func (c *Conn) Challenge(ctx context.Context) error { panic("unbuilt") }
+// Read reads what the process sent. Any other sender's message, and one that
+// brings descriptors, closes the connection with ErrForeignMessage.
+func (c *Conn) Read(b []byte) (int, error) {
+	if len(b) == 0 {
+		return 0, nil
+	}
+	c.readMu.Lock()
+	defer c.readMu.Unlock()
+	if c.rest != nil {
+		n := copy(b, c.rest)
+		if c.rest = c.rest[n:]; len(c.rest) == 0 {
+			c.rest = nil
+			putBuffer(c.buffer)
+			c.buffer = nil
+		}
+		return n, nil
+	}
+	n, err := c.readMessage(b)
+	switch {
+	case errors.Is(err, ErrForeignMessage):
+		c.Close()
+	case errors.Is(err, ErrCredentialsChanged):
+		// Dropping privileges is legitimate: the client is told to come again, and
+		// what it says until it goes is heard by nobody.
+		c.GoAway(err.Error())
+		for err := error(nil); err == nil; {
+			_, err = c.readMessage(b)
+			if errors.Is(err, ErrCredentialsChanged) {
+				err = nil
+			}
+		}
+		c.Close()
+	}
+	return n, err
+}
+
+// readMessage reads from the socket. The caller has readMu.
+func (c *Conn) readMessage(b []byte) (int, error) {
+	m := &c.incoming
+	m.into = b
+	err := c.raw.Read(c.receive)
+	m.into = nil
+	switch {
+	case err != nil:
+		return 0, err
+	case m.err != nil:
+		return 0, &net.OpError{Op: "read", Net: "unix", Source: c.LocalAddr(), Addr: c.RemoteAddr(), Err: m.err}
+	case m.n == 0:
+		return 0, io.EOF
+	}
+	if err := c.sentByPeer(m); err != nil {
+		return 0, err
+	}
+	return m.n, nil
+}
+
+// receive is called by the poller whenever there may be something to read.
+func (m *message) receive(fd uintptr) bool {
+	for {
+		m.n, m.oobn, m.flags, _, m.err = unix.Recvmsg(int(fd), m.into, m.control[:], unix.MSG_CMSG_CLOEXEC|unix.MSG_DONTWAIT)
+		switch m.err {
+		case unix.EINTR:
+		case unix.EAGAIN:
+			return false
+		default:
+			return true
+		}
+	}
+}
+
+// sentByPeer fails closed on whatever is not one ucred of the pinned process.
+// A sender may name any of its own real, effective and saved IDs in it; the
+// kernel sees to the PID.
+func (c *Conn) sentByPeer(m *message) error {
+	if m.flags&unix.MSG_CTRUNC != 0 {
+		return fmt.Errorf("%w: it brings more than credentials", ErrForeignMessage)
+	}
+	pid, uid, gid, err := parseUcred(m.control[:m.oobn])
+	if err != nil {
+		return err
+	}
+	if pid != c.process.pid {
+		return fmt.Errorf("%w: sent by %d over the connection of %d", ErrForeignMessage, pid, c.process.pid)
+	}
+	if uid != c.creds.UID && uid != c.creds.EUID && uid != c.creds.SUID ||
+		gid != c.creds.GID && gid != c.creds.EGID && gid != c.creds.SGID {
+		return ErrCredentialsChanged
+	}
+	return nil
+}
+
+// parseUcred reads a control buffer that must hold SCM_CREDENTIALS alone.
+func parseUcred(b []byte) (pid int32, uid, gid uint32, err error) {
+	if len(b) == 0 {
+		return 0, 0, 0, fmt.Errorf("%w: it has no sender", ErrForeignMessage)
+	}
+	h, data, rest, err := unix.ParseOneSocketControlMessage(b)
+	if err != nil || len(rest) != 0 || len(data) != ucredLen ||
+		h.Level != unix.SOL_SOCKET || h.Type != unix.SCM_CREDENTIALS {
+		return 0, 0, 0, fmt.Errorf("%w: its credentials are not readable", ErrForeignMessage)
+	}
+	order := binary.NativeEndian
+	return int32(order.Uint32(data)), order.Uint32(data[4:]), order.Uint32(data[8:]), nil
+}
+
+// Write writes to the process. It is for HTTP/2 frames alone.
+func (c *Conn) Write(b []byte) (int, error) {
+	c.writeMu.Lock()
+	defer c.writeMu.Unlock()
+	if c.leaving.Load() {
+		return c.writeLast(b)
+	}
+	n, err := c.socket.Write(b)
+	c.frames.advance(b[:n])
+	return n, err
+}
+
+// writeLast finishes the frame that is under way, for the GOAWAY to follow it.
+func (c *Conn) writeLast(b []byte) (int, error) {
+	if c.frames.boundary() {
+		return 0, net.ErrClosed
+	}
+	n, err := c.socket.Write(b[:c.ahead(b)])
+	c.frames.advance(b[:n])
+	if err == nil && c.frames.boundary() {
+		c.sayGoAway()
+	}
+	if err == nil && n < len(b) {
+		err = net.ErrClosed
+	}
+	return n, err
+}
+
+// ahead is how much of b belongs to the frame that is under way.
+func (c *Conn) ahead(b []byte) int {
+	f := c.frames
+	return f.toBoundary(b)
+}
 
 // GoAway tells the client to open another connection (GOAWAY with the reason
 // as debug data, where the stream of frames allows it) and closes this one.
-func (c *Conn) GoAway(reason string) { panic("unbuilt") }
+// It does not wait for the client.
+func (c *Conn) GoAway(reason string) {
+	if c.leaving.Load() {
+		return
+	}
+	// Also for a Write that waits for the client to read: it holds writeMu.
+	c.socket.SetWriteDeadline(time.Now().Add(partingTime))
+	go func() {
+		c.writeMu.Lock()
+		defer c.writeMu.Unlock()
+		if c.leaving.Swap(true) {
+			return
+		}
+		c.parting = reason
+		if c.frames.boundary() {
+			c.sayGoAway()
+			return
+		}
+		time.AfterFunc(partingTime, func() { c.Close() }) // if the rest of the frame never comes
+	}()
+}
+
+// sayGoAway writes the GOAWAY and leaves. The caller has writeMu.
+func (c *Conn) sayGoAway() {
+	c.socket.Write(appendGoAway(make([]byte, 0, maxGoAwaySize), codeNone, c.parting))
+	c.part()
+}
+
+// part ends our side of the connection, waits elsewhere for the client to end
+// its own, and closes. A client that still writes while we close would meet an
+// error before it read the reason.
+func (c *Conn) part() {
+	c.partings.drain(c.socket, func() { c.Close() })
+}
 
 // Close closes the connection and gives up the hold on the process.
-func (c *Conn) Close() error { panic("unbuilt") }
+func (c *Conn) Close() error {
+	c.closing.Do(func() {
+		c.leaving.Store(true)
+		c.closed = c.socket.Close()
+		if err := c.process.Close(); err != nil {
+			c.closed = errors.Join(c.closed, err)
+		}
+		if c.release != nil {
+			c.release()
+		}
+	})
+	return c.closed
+}
+
+// LocalAddr is the address of the socket.
+func (c *Conn) LocalAddr() net.Addr { return c.socket.LocalAddr() }
+
+// RemoteAddr is the address that the client bound its end to, usually empty.
+func (c *Conn) RemoteAddr() net.Addr { return c.socket.RemoteAddr() }
+
+// SetDeadline sets the time after which Read and Write fail.
+func (c *Conn) SetDeadline(t time.Time) error {
+	return errors.Join(c.SetReadDeadline(t), c.SetWriteDeadline(t))
+}
+
+// SetReadDeadline sets the time after which Read fails.
+func (c *Conn) SetReadDeadline(t time.Time) error { return c.socket.SetReadDeadline(t) }
+
+// SetWriteDeadline sets the time after which Write fails.
+func (c *Conn) SetWriteDeadline(t time.Time) error {
+	if c.leaving.Load() {
+		return nil // GoAway has set its own
+	}
+	return c.socket.SetWriteDeadline(t)
+}
+
+// partings bounds how many clients are waited for at a time after they were
+// told why they are sent away. The rest may miss the reason.
+type partings chan struct{}
+
+const maxPartings = 64
+
+// drain ends our side of the socket, discards what the client still sends
+// until it ends its own or partingTime is over, and calls done, all in a
+// goroutine.
+func (p partings) drain(socket *net.UnixConn, done func()) {
+	select {
+	case p <- struct{}{}:
+	default:
+		done()
+		return
+	}
+	socket.CloseWrite()
+	socket.SetReadDeadline(time.Now().Add(partingTime))
+	go func() {
+		defer func() { <-p }()
+		io.Copy(io.Discard, onlyReader{socket})
+		done()
+	}()
+}
+
+// onlyReader hides splice from io.Copy.
+type onlyReader struct{ io.Reader }

@@ -1,0 +1,132 @@
+// Package readme runs what the README shows.
+package readme
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// blocks returns the fenced blocks of a language, in order.
+func blocks(t *testing.T, language string) []string {
+	t.Helper()
+	text, err := os.ReadFile("../../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var all []string
+	for _, part := range strings.Split(string(text), "\n```"+language+"\n")[1:] {
+		block, _, ok := strings.Cut(part, "\n```")
+		if !ok {
+			t.Fatalf("a block of %s does not end", language)
+		}
+		all = append(all, block+"\n")
+	}
+	return all
+}
+
+func deputy(t *testing.T) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "deputy")
+	cmd := exec.Command("go", "build", "-o", path, "../../cmd/deputy")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("build deputy: %v\n%s", err, out)
+	}
+	return path
+}
+
+func TestConfigurationsCheck(t *testing.T) {
+	binary := deputy(t)
+	all := blocks(t, "hcl")
+	if len(all) < 4 {
+		t.Fatalf("got %d configurations in the README, want at least 4", len(all))
+	}
+	for i, text := range all {
+		file := filepath.Join(t.TempDir(), fmt.Sprintf("readme-%d.hcl", i))
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if out, err := exec.Command(binary, "conf", "check", file).CombinedOutput(); err != nil {
+			t.Errorf("%v: %s\nof\n%s", err, out, text)
+		}
+	}
+}
+
+// The lines under "By hand", as root, on file systems of their own where the
+// daemon's default paths are empty.
+func TestSixtySecondsByHand(t *testing.T) {
+	if os.Getuid() != 0 {
+		if os.Getenv("CI") != "" {
+			t.Fatal("the README's lines use sudo: they need root")
+		}
+		t.Skip("SKIPPED: the README's lines use sudo: they need root")
+	}
+	var lines string
+	for _, b := range blocks(t, "sh") {
+		if strings.Contains(b, "deputy run &") {
+			lines = b
+		}
+	}
+	if lines == "" {
+		t.Fatal("the README does not start the daemon")
+	}
+	root := t.TempDir()
+	if err := os.MkdirAll(filepath.Join(root, "bin"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(deputy(t), filepath.Join(root, "bin/deputy")); err != nil {
+		t.Fatal(err)
+	}
+	// A person types the next line when the daemon is up.
+	lines = strings.Replace(lines, "make build\n", "", 1)
+	before, after, _ := strings.Cut(lines, "sudo bin/deputy run &")
+	_, after, _ = strings.Cut(after, "\n")
+	script := `set -eu
+mount --make-rprivate /
+mount -t tmpfs tmpfs /run
+mkdir -p /var/lib && mount -t tmpfs tmpfs /var/lib
+sudo() { "$@"; }
+` + before + `bin/deputy run 2>log & daemon=$!
+trap 'kill $daemon; wait $daemon' EXIT
+for i in $(seq 100); do bin/deputy health >/dev/null 2>&1 && break; sleep 0.1; done
+` + after
+	cmd := exec.Command("unshare", "--mount", "sh", "-c", script)
+	cmd.Dir = root
+	out, err := cmd.CombinedOutput()
+	log, _ := os.ReadFile(filepath.Join(root, "log"))
+	if err != nil {
+		t.Fatalf("%v\n%s\nlog:\n%s", err, out, log)
+	}
+	for _, want := range []string{"spiffe://deputy.internal/agent/hello", "unix:uid:0"} {
+		if !strings.Contains(string(out), want) {
+			t.Errorf("got %q, want %s in it", out, want)
+		}
+	}
+}
+
+func TestTasksExist(t *testing.T) {
+	makefile, err := os.ReadFile("../../Makefile")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var seen int
+	for _, b := range blocks(t, "sh") {
+		for line := range strings.Lines(b) {
+			task, ok := strings.CutPrefix(line, "make ")
+			if !ok {
+				continue
+			}
+			seen++
+			if task = strings.Fields(task)[0]; !strings.Contains(string(makefile), "\n"+task+":") {
+				t.Errorf("the README tells to make %s, which the Makefile does not know", task)
+			}
+		}
+	}
+	if seen == 0 {
+		t.Error("the README names no task")
+	}
+}

@@ -2,10 +2,30 @@ package svid
 
 import (
 	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"sync"
+	"time"
 
 	"github.com/hashicorp/go-hclog"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/deputy-id/deputy/svid/registry"
+)
+
+// ErrGone says that the holder ended: nothing is issued for it any more.
+var ErrGone = errors.New("holder is gone")
+
+const (
+	retryFirst = time.Second // after a failed renewal, doubled at each further one
+	retryMost  = time.Minute
+	// sweepEvery is how often the wall clock is looked at: timers do not see
+	// it jump, nor the machine sleep.
+	sweepEvery = 15 * time.Second
+	tokensKept = 64
 )
 
 // A Holder is who SVIDs are kept for: a process, as far as this package needs
@@ -20,7 +40,21 @@ type Holder struct {
 // tenth at random. It has no goroutine per SVID: a snapshot grows stale, and
 // whoever still wants it asks again. It is safe for concurrent use and never
 // signs under a lock.
-type Keeper struct{}
+//
+// A goroutine per holder waits for its end, and one more watches bundles and
+// clock for as long as there is a holder; so a Keeper needs no Close.
+type Keeper struct {
+	authority Authority
+	keys      *keySource
+	tokens    int
+	log       hclog.Logger
+	subsets   subsets
+	emptied   chan struct{} // the last holder went
+
+	mu       sync.RWMutex // guards what follows
+	holders  map[uint64]*held
+	watching bool
+}
 
 // KeeperOptions of a Keeper.
 type KeeperOptions struct {
@@ -29,18 +63,23 @@ type KeeperOptions struct {
 	Log     hclog.Logger
 }
 
-// A KeyType names a kind of private key.
-type KeyType string
-
-// The kinds of private keys.
-const (
-	ECP256  KeyType = "ec-p256"
-	ECP384  KeyType = "ec-p384"
-	RSA2048 KeyType = "rsa-2048"
-)
-
 // NewKeeper returns a keeper that issues through the authority.
-func NewKeeper(a Authority, o KeeperOptions) *Keeper { panic("unbuilt") }
+func NewKeeper(a Authority, o KeeperOptions) *Keeper {
+	if o.JWTs <= 0 {
+		o.JWTs = tokensKept
+	}
+	if o.Log == nil {
+		o.Log = hclog.NewNullLogger()
+	}
+	return &Keeper{
+		authority: a,
+		keys:      newKeySource(o.KeyType),
+		tokens:    o.JWTs,
+		log:       o.Log,
+		emptied:   make(chan struct{}, 1),
+		holders:   make(map[uint64]*held),
+	}
+}
 
 // X509Context is the X.509-SVIDs of one holder with the bundles to verify
 // others: the full state. It is immutable; the same pointer comes back until
@@ -55,18 +94,371 @@ type X509Context struct {
 // holder is gone.
 func (c *X509Context) Stale() <-chan struct{} { return c.stale }
 
+// held is what is kept for one holder.
+type held struct {
+	mu       sync.Mutex // guards what follows
+	gone     bool
+	given    []registry.Entry       // what the snapshot was made for
+	others   []spiffeid.TrustDomain // whose bundles it holds beside our own
+	snapshot *X509Context
+	timer    *time.Timer   // makes the snapshot stale
+	leaves   []leaf        // replaced as a whole
+	renewal  chan struct{} // closes when the one that is under way ends
+	tokens   map[tokenKey]*token
+	minting  map[tokenKey]chan struct{}
+}
+
 // X509 returns the holder's SVIDs under these entries, in their order, and
 // issues those that are missing or due. When a renewal fails the good SVID is
 // kept, a warning logged, and the snapshot is stale again after a backoff; the
 // error comes out only when an SVID is missing or has expired. Of two entries
-// with the same hint the later is left out.
+// with the same hint the later is left out. The caller must not change the
+// slice afterwards.
 func (k *Keeper) X509(ctx context.Context, h Holder, entries []registry.Entry) (*X509Context, error) {
-	panic("unbuilt")
+	for {
+		kept, err := k.hold(h)
+		if err != nil {
+			return nil, err
+		}
+		kept.mu.Lock()
+		if c := kept.current(entries); c != nil {
+			kept.mu.Unlock()
+			return c, nil
+		}
+		if other := kept.renewal; other != nil {
+			kept.mu.Unlock()
+			select {
+			case <-other:
+				continue
+			case <-ctx.Done():
+				return nil, ctx.Err()
+			}
+		}
+		done := make(chan struct{})
+		kept.renewal = done
+		leaves := kept.leaves
+		kept.mu.Unlock()
+		return k.renew(ctx, kept, entries, leaves, done)
+	}
 }
 
-// JWT returns a JWT-SVID under the entry for this set of audiences (their
-// order does not matter), cached until half of its life unless the entry asks
-// for a fresh one.
-func (k *Keeper) JWT(ctx context.Context, h Holder, e registry.Entry, audience []string) (JWT, error) {
-	panic("unbuilt")
+// renew makes the next snapshot and closes done.
+func (k *Keeper) renew(ctx context.Context, kept *held, entries []registry.Entry, old []leaf, done chan struct{}) (*X509Context, error) {
+	defer func() {
+		kept.mu.Lock()
+		kept.renewal = nil
+		kept.mu.Unlock()
+		close(done)
+	}()
+	served := distinctHints(entries)
+	leaves, err := k.issueAll(ctx, served, old)
+	if err != nil {
+		// What was issued beside the one that failed need not be issued again.
+		kept.mu.Lock()
+		if !kept.gone {
+			kept.leaves = leaves
+		}
+		kept.mu.Unlock()
+		return nil, err
+	}
+	federated := federatedWith(served)
+	bundles, err := k.bundles(federated)
+	if err != nil {
+		return nil, err
+	}
+	c := &X509Context{Bundles: bundles, SVIDs: make([]X509, len(leaves)), stale: make(chan struct{})}
+	for i := range leaves {
+		c.SVIDs[i] = leaves[i].X509
+	}
+	kept.mu.Lock()
+	defer kept.mu.Unlock()
+	if kept.gone {
+		return nil, ErrGone
+	}
+	kept.retire()
+	kept.given, kept.others, kept.snapshot, kept.leaves = entries, federated, c, leaves
+	if at, ok := nextRenewal(leaves); ok {
+		kept.timer = time.AfterFunc(time.Until(at), func() {
+			kept.mu.Lock()
+			defer kept.mu.Unlock()
+			if kept.snapshot == c {
+				kept.retire()
+			}
+		})
+	}
+	// The watcher may have passed this holder before the snapshot was here.
+	if newest, err := k.bundles(federated); err == nil && !newest.same(bundles) {
+		kept.retire()
+	}
+	return c, nil
+}
+
+// issueAll returns a leaf per entry; an error comes with those that there are.
+func (k *Keeper) issueAll(ctx context.Context, entries []registry.Entry, old []leaf) ([]leaf, error) {
+	leaves := make([]leaf, 0, len(entries))
+	var missing error
+	for _, e := range entries {
+		i := slices.IndexFunc(old, func(l leaf) bool { return l.certifies(&e) })
+		if i >= 0 && !old[i].due(time.Now()) {
+			l := old[i]
+			l.Entry = e
+			leaves = append(leaves, l)
+			continue
+		}
+		l, err := k.issue(ctx, e)
+		switch {
+		case err == nil:
+		case i >= 0 && !old[i].expired(time.Now()):
+			l = old[i]
+			l.Entry = e
+			if ctx.Err() == nil {
+				l.failures++
+				wait := backoff(l.failures)
+				l.retry = time.Now().Add(wait)
+				k.log.Warn("renewal failed, keeping the SVID", "entry", e.ID, "spiffe_id", e.SPIFFEID.String(),
+					"expires", l.Chain[0].NotAfter, "retry_in", wait.Round(time.Millisecond), "error", err)
+			}
+		default:
+			if missing == nil {
+				missing = fmt.Errorf("issue X.509-SVID for entry %s: %w", e.ID, err)
+			}
+			continue
+		}
+		leaves = append(leaves, l)
+	}
+	return leaves, missing
+}
+
+// issue asks the authority for one SVID on a new key.
+func (k *Keeper) issue(ctx context.Context, e registry.Entry) (leaf, error) {
+	if err := ctx.Err(); err != nil {
+		return leaf{}, err
+	}
+	key, err := k.keys.take()
+	if err != nil {
+		return leaf{}, err
+	}
+	issued := time.Now()
+	chain, err := k.authority.X509(ctx, e, key)
+	if err != nil {
+		return leaf{}, err
+	}
+	if len(chain) == 0 {
+		return leaf{}, errors.New("authority returned no certificate")
+	}
+	life := chain[0].NotAfter.Sub(issued)
+	if life <= 0 {
+		return leaf{}, errors.New("authority returned a certificate that has expired")
+	}
+	// Half of the life, ±10 %, so that what was issued at once is not renewed at once.
+	renew := time.Duration(float64(life) * (0.45 + 0.1*rand.Float64()))
+	return leaf{X509: X509{Entry: e, Chain: chain, Signer: key}, issued: issued, life: life, renew: renew}, nil
+}
+
+// hold returns what is kept for the holder, at first nothing.
+func (k *Keeper) hold(h Holder) (*held, error) {
+	select {
+	case <-h.Gone:
+		return nil, ErrGone
+	default:
+	}
+	k.mu.RLock()
+	kept, ok := k.holders[h.ID]
+	k.mu.RUnlock()
+	if ok {
+		return kept, nil
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if kept, ok := k.holders[h.ID]; ok {
+		return kept, nil
+	}
+	kept = &held{}
+	k.holders[h.ID] = kept
+	go func() {
+		<-h.Gone
+		k.drop(h.ID, kept)
+	}()
+	if !k.watching {
+		k.watching = true
+		go k.watch()
+	}
+	return kept, nil
+}
+
+func (k *Keeper) drop(id uint64, kept *held) {
+	k.mu.Lock()
+	delete(k.holders, id)
+	last := len(k.holders) == 0
+	k.mu.Unlock()
+	if last {
+		select {
+		case k.emptied <- struct{}{}:
+		default:
+		}
+	}
+	kept.mu.Lock()
+	defer kept.mu.Unlock()
+	kept.gone = true
+	kept.retire()
+	kept.snapshot, kept.given, kept.leaves, kept.tokens = nil, nil, nil, nil
+}
+
+// watch makes snapshots stale when a bundle in them changed, or the clock
+// jumped, until no holder is left.
+func (k *Keeper) watch() {
+	tick := time.NewTicker(sweepEvery)
+	defer tick.Stop()
+	for {
+		_, stale := k.authority.Bundles()
+		k.sweep(time.Now())
+		select {
+		case <-stale:
+		case <-tick.C:
+		case <-k.emptied:
+		}
+		k.mu.Lock()
+		if len(k.holders) == 0 {
+			k.watching = false
+			k.mu.Unlock()
+			return
+		}
+		k.mu.Unlock()
+	}
+}
+
+func (k *Keeper) sweep(now time.Time) {
+	k.mu.RLock()
+	all := make([]*held, 0, len(k.holders))
+	for _, kept := range k.holders {
+		all = append(all, kept)
+	}
+	k.mu.RUnlock()
+	for _, kept := range all {
+		kept.mu.Lock()
+		if c := kept.snapshot; c != nil {
+			b, err := k.bundles(kept.others)
+			changed := err == nil && !b.same(c.Bundles)
+			if changed || slices.ContainsFunc(kept.leaves, func(l leaf) bool { return l.due(now) }) {
+				kept.retire()
+			}
+		}
+		kept.mu.Unlock()
+	}
+}
+
+// current returns the snapshot if it is good for these entries. The caller
+// holds mu.
+func (h *held) current(entries []registry.Entry) *X509Context {
+	c := h.snapshot
+	if c == nil || !slices.EqualFunc(h.given, entries, func(a, b registry.Entry) bool { return sameService(&a, &b) }) {
+		return nil
+	}
+	select {
+	case <-c.stale:
+		return nil
+	default:
+	}
+	now := time.Now()
+	for i := range h.leaves {
+		if h.leaves[i].due(now) {
+			return nil
+		}
+	}
+	return c
+}
+
+// retire makes the snapshot stale. The caller holds mu.
+func (h *held) retire() {
+	if h.timer != nil {
+		h.timer.Stop()
+		h.timer = nil
+	}
+	if h.snapshot == nil {
+		return
+	}
+	select {
+	case <-h.snapshot.stale:
+	default:
+		close(h.snapshot.stale)
+	}
+}
+
+// subsets shares the restricted bundles between holders, and with them what is
+// computed from each.
+type subsets struct {
+	mu  sync.Mutex // guards what follows
+	of  *Bundles
+	set map[string]*Bundles // by the trust domains, joined by commas
+}
+
+// bundles returns our own bundle and those of the trust domains, the same
+// pointer for the same question.
+func (k *Keeper) bundles(federated []spiffeid.TrustDomain) (*Bundles, error) {
+	all, _ := k.authority.Bundles()
+	if all == nil || all.Own == nil {
+		return nil, fmt.Errorf("trust bundle: %w", ErrNotReady)
+	}
+	names := make([]string, len(federated))
+	for i, td := range federated {
+		names[i] = td.Name()
+	}
+	key := strings.Join(names, ",")
+	s := &k.subsets
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.of != all {
+		s.of, s.set = all, make(map[string]*Bundles)
+	}
+	b, ok := s.set[key]
+	if !ok {
+		b = all.Restrict(federated)
+		s.set[key] = b
+	}
+	return b, nil
+}
+
+// federatedWith returns the trust domains that some entry federates with,
+// sorted, each once.
+func federatedWith(entries []registry.Entry) []spiffeid.TrustDomain {
+	var tds []spiffeid.TrustDomain
+	for i := range entries {
+		tds = append(tds, entries[i].FederatesWith...)
+	}
+	slices.SortFunc(tds, spiffeid.TrustDomain.Compare)
+	return slices.Compact(tds)
+}
+
+// distinctHints leaves out entries whose hint an earlier one has (Workload API §5.2.1).
+func distinctHints(entries []registry.Entry) []registry.Entry {
+	seen := make(map[string]bool)
+	kept := make([]registry.Entry, 0, len(entries))
+	for _, e := range entries {
+		if e.Hint != "" && seen[e.Hint] {
+			continue
+		}
+		seen[e.Hint] = true
+		kept = append(kept, e)
+	}
+	return kept
+}
+
+// sameService reports whether both entries lead to the same message.
+func sameService(a, b *registry.Entry) bool {
+	return sameCertificate(a, b) && a.Hint == b.Hint && slices.Equal(a.FederatesWith, b.FederatesWith)
+}
+
+// sameCertificate reports whether one certificate serves both entries. It goes
+// by content: an entry may be deleted, and another created with its ID.
+func sameCertificate(a, b *registry.Entry) bool {
+	return a.ID == b.ID && a.SPIFFEID == b.SPIFFEID && a.X509TTL == b.X509TTL && slices.Equal(a.DNSNames, b.DNSNames)
+}
+
+// backoff before the attempt after this many failures, ±10 %.
+func backoff(failures int) time.Duration {
+	d := retryMost
+	if n := failures - 1; n < 6 {
+		d = retryFirst << n
+	}
+	return time.Duration(float64(d) * (0.9 + 0.2*rand.Float64()))
 }

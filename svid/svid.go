@@ -45,6 +45,8 @@ type Bundle struct {
 	JWTAuthorities  map[string]crypto.PublicKey // by key ID
 	RefreshHint     time.Duration               // 0: none
 	Sequence        uint64
+
+	encoded encodings
 }
 
 // Bundles are the bundle of our own trust domain and those of others. A value

@@ -1,0 +1,143 @@
+package svid
+
+import (
+	"bytes"
+	"crypto"
+	"crypto/x509"
+	"encoding/json"
+	"fmt"
+	"maps"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/go-jose/go-jose/v4"
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// encodings are what the messages need of a bundle, computed once for the
+// thousands of streams that share it.
+type encodings struct {
+	once sync.Once
+	der  []byte
+	jwks []byte
+	err  error
+}
+
+// DER returns the X.509 authorities as concatenated DER. The caller must not
+// change the bytes.
+func (b *Bundle) DER() []byte {
+	b.encoded.once.Do(b.encode)
+	return b.encoded.der
+}
+
+// JWKS returns the JWT authorities alone as a JWK Set, in the order of their
+// key IDs, each for the use jwt-svid. The caller must not change the bytes.
+func (b *Bundle) JWKS() ([]byte, error) {
+	b.encoded.once.Do(b.encode)
+	return b.encoded.jwks, b.encoded.err
+}
+
+func (b *Bundle) encode() {
+	for _, c := range b.X509Authorities {
+		b.encoded.der = append(b.encoded.der, c.Raw...)
+	}
+	set := jose.JSONWebKeySet{Keys: []jose.JSONWebKey{}}
+	for _, id := range slices.Sorted(maps.Keys(b.JWTAuthorities)) {
+		set.Keys = append(set.Keys, jose.JSONWebKey{Key: b.JWTAuthorities[id], KeyID: id, Use: "jwt-svid"})
+	}
+	b.encoded.jwks, b.encoded.err = json.Marshal(set)
+	if b.encoded.err != nil {
+		b.encoded.err = fmt.Errorf("encode JWT keys of %s: %w", b.TrustDomain, b.encoded.err)
+	}
+}
+
+// SPIFFE returns the bundle as go-spiffe's, a copy that the caller owns.
+func (b *Bundle) SPIFFE() *spiffebundle.Bundle {
+	s := spiffebundle.New(b.TrustDomain)
+	s.SetX509Authorities(b.X509Authorities)
+	s.SetJWTAuthorities(b.JWTAuthorities)
+	if b.RefreshHint > 0 {
+		s.SetRefreshHint(b.RefreshHint)
+	}
+	if b.Sequence > 0 {
+		s.SetSequenceNumber(b.Sequence)
+	}
+	return s
+}
+
+// FromSPIFFE returns go-spiffe's bundle as one of ours.
+func FromSPIFFE(s *spiffebundle.Bundle) *Bundle {
+	b := &Bundle{
+		TrustDomain:     s.TrustDomain(),
+		X509Authorities: s.X509Authorities(),
+		JWTAuthorities:  s.JWTAuthorities(),
+	}
+	b.RefreshHint, _ = s.RefreshHint()
+	b.Sequence, _ = s.SequenceNumber()
+	return b
+}
+
+// Marshal returns the bundle in SPIFFE's format: a JWK Set with
+// spiffe_sequence and spiffe_refresh_hint.
+func (b *Bundle) Marshal() ([]byte, error) { return b.SPIFFE().Marshal() }
+
+// ParseBundle reads SPIFFE's format. Keys for a use that it does not know are
+// left out; a document without keys is an error, while an empty list of them
+// is a bundle that trusts nobody.
+func ParseBundle(td spiffeid.TrustDomain, data []byte) (*Bundle, error) {
+	s, err := spiffebundle.Parse(td, data)
+	if err != nil {
+		return nil, fmt.Errorf("parse bundle of %s: %w", td, err)
+	}
+	return FromSPIFFE(s), nil
+}
+
+// Equal reports whether both hold the same authorities, sequence and refresh
+// hint for the same trust domain.
+func (b *Bundle) Equal(o *Bundle) bool {
+	if b == o || b == nil || o == nil {
+		return b == o
+	}
+	return b.TrustDomain == o.TrustDomain && b.Sequence == o.Sequence && b.RefreshHint == o.RefreshHint &&
+		slices.EqualFunc(b.X509Authorities, o.X509Authorities, (*x509.Certificate).Equal) &&
+		maps.EqualFunc(b.JWTAuthorities, o.JWTAuthorities, equalKeys)
+}
+
+// Restrict returns our own bundle and those of these trust domains only, as far
+// as they are known.
+func (b *Bundles) Restrict(tds []spiffeid.TrustDomain) *Bundles {
+	r := &Bundles{Own: b.Own}
+	for _, td := range tds {
+		if f, ok := b.Federated[td]; ok {
+			if r.Federated == nil {
+				r.Federated = make(map[spiffeid.TrustDomain]*Bundle, len(tds))
+			}
+			r.Federated[td] = f
+		}
+	}
+	return r
+}
+
+// same reports whether both hold the very same bundles.
+func (b *Bundles) same(o *Bundles) bool {
+	return b.Own == o.Own && maps.Equal(b.Federated, o.Federated)
+}
+
+func equalKeys(a, b crypto.PublicKey) bool {
+	k, ok := a.(interface{ Equal(crypto.PublicKey) bool })
+	return ok && k.Equal(b)
+}
+
+// seconds cuts a time to what certificates and tokens can say.
+func seconds(t time.Time) time.Time { return t.UTC().Truncate(time.Second) }
+
+// concat joins the DER of certificates.
+func concat(certs []*x509.Certificate) []byte {
+	var b bytes.Buffer
+	for _, c := range certs {
+		b.Write(c.Raw)
+	}
+	return b.Bytes()
+}

@@ -1,0 +1,234 @@
+package svid
+
+import (
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/sha256"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/url"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+const (
+	// backdate is how far before its issue an SVID is valid, for verifiers
+	// whose clocks are behind.
+	backdate = 30 * time.Second
+	// maxID is the longest SPIFFE ID that every implementation accepts
+	// (SPIFFE-ID §2.3).
+	maxID = 2048
+	// maxCommonName is ub-common-name of RFC 5280.
+	maxCommonName = 64
+)
+
+// An Issuer signs with keys that this machine holds. It is immutable: after a
+// rotation there is another. Its Validity is the caller's to check.
+type Issuer struct {
+	o      IssuerOptions
+	ca     *x509.Certificate
+	alg    jwtAlgorithm
+	header string // of every token, encoded
+}
+
+// IssuerOptions of an Issuer.
+type IssuerOptions struct {
+	TrustDomain spiffeid.TrustDomain
+	CAKey       crypto.Signer
+	CAChain     []*x509.Certificate // the CA's certificate first, then the intermediates, without the root
+	JWTKey      crypto.Signer       // ECDSA on P-256 or P-384, or RSA
+	JWTKeyID    string
+	JWTUntil    time.Time // no token outlives it: the key's end
+	JWTIssuer   string    // the iss claim; none if empty
+}
+
+// NewIssuer returns an issuer with these keys.
+func NewIssuer(o IssuerOptions) (*Issuer, error) {
+	if len(o.CAChain) == 0 {
+		return nil, errors.New("issuer has no CA certificate")
+	}
+	alg, err := algorithmFor(o.JWTKey.Public())
+	if err != nil {
+		return nil, fmt.Errorf("issuer's JWT key: %w", err)
+	}
+	header, err := json.Marshal(jwtHeader{Algorithm: alg.name, KeyID: o.JWTKeyID, Type: "JWT"})
+	if err != nil {
+		return nil, err
+	}
+	return &Issuer{
+		o:      o,
+		ca:     o.CAChain[0],
+		alg:    alg,
+		header: base64.RawURLEncoding.EncodeToString(header) + ".",
+	}, nil
+}
+
+// X509 returns the chain of a new X.509-SVID for the public key. Its life ends
+// with the CA's at the latest; less than a second of it is ErrNotReady.
+func (i *Issuer) X509(id spiffeid.ID, pub crypto.PublicKey, dnsNames []string, ttl time.Duration) ([]*x509.Certificate, error) {
+	if err := i.check(id); err != nil {
+		return nil, err
+	}
+	usage := x509.KeyUsageDigitalSignature
+	if k, ok := pub.(*rsa.PublicKey); ok {
+		if k.N.BitLen() < 2048 || k.N.BitLen() > 8192 {
+			return nil, fmt.Errorf("sign certificate for %s: RSA key of %d bits, want 2048 to 8192", id, k.N.BitLen())
+		}
+		usage |= x509.KeyUsageKeyEncipherment
+	}
+	now := time.Now()
+	notBefore, notAfter := seconds(now.Add(-backdate)), seconds(now.Add(ttl))
+	if notBefore.Before(i.ca.NotBefore) {
+		notBefore = i.ca.NotBefore
+	}
+	if notAfter.After(i.ca.NotAfter) {
+		notAfter = i.ca.NotAfter
+	}
+	if !notAfter.After(now) || notBefore.After(now) {
+		return nil, fmt.Errorf("sign certificate for %s: the CA is valid from %s to %s: %w",
+			id, i.ca.NotBefore.Format(time.RFC3339), i.ca.NotAfter.Format(time.RFC3339), ErrNotReady)
+	}
+	keyID, err := subjectKeyID(pub)
+	if err != nil {
+		return nil, fmt.Errorf("sign certificate for %s: %w", id, err)
+	}
+	// An empty subject would be allowed; some TLS libraries and servers cannot
+	// do with one. No serial number here: x509 draws one of 159 random bits.
+	subject := pkix.Name{Organization: []string{"Deputy"}}
+	if len(dnsNames) > 0 && len(dnsNames[0]) <= maxCommonName {
+		subject.CommonName = dnsNames[0]
+	}
+	der, err := x509.CreateCertificate(rand.Reader, &x509.Certificate{
+		Subject:               subject,
+		URIs:                  []*url.URL{id.URL()},
+		DNSNames:              dnsNames,
+		NotBefore:             notBefore,
+		NotAfter:              notAfter,
+		KeyUsage:              usage,
+		ExtKeyUsage:           []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
+		BasicConstraintsValid: true,
+		SubjectKeyId:          keyID,
+	}, i.ca, pub, i.o.CAKey)
+	if err != nil {
+		return nil, fmt.Errorf("sign certificate for %s: %w", id, err)
+	}
+	leaf, err := x509.ParseCertificate(der)
+	if err != nil {
+		return nil, fmt.Errorf("sign certificate for %s: %w", id, err)
+	}
+	return append([]*x509.Certificate{leaf}, i.o.CAChain[:len(i.o.CAChain):len(i.o.CAChain)]...), nil
+}
+
+// A Token is a signed JWT-SVID with its times.
+type Token struct {
+	Compact string // JWS compact form
+	Issued  time.Time
+	Expires time.Time
+}
+
+type jwtHeader struct {
+	Algorithm string `json:"alg"`
+	KeyID     string `json:"kid"`
+	Type      string `json:"typ"`
+}
+
+type jwtClaims struct {
+	Audience []string `json:"aud"`
+	Expires  int64    `json:"exp"`
+	Issued   int64    `json:"iat"`
+	Issuer   string   `json:"iss,omitempty"`
+	ID       string   `json:"jti"`
+	Subject  string   `json:"sub"`
+}
+
+// JWT returns a new JWT-SVID. Its life ends with the key's at the latest; less
+// than a second of it is ErrNotReady.
+func (i *Issuer) JWT(id spiffeid.ID, audience []string, ttl time.Duration) (Token, error) {
+	if err := i.check(id); err != nil {
+		return Token{}, err
+	}
+	if len(audience) == 0 {
+		return Token{}, fmt.Errorf("sign token for %s: no audience", id)
+	}
+	now := time.Now()
+	t := Token{Issued: seconds(now), Expires: seconds(now.Add(ttl))}
+	if until := seconds(i.o.JWTUntil); t.Expires.After(until) {
+		t.Expires = until
+	}
+	if !t.Expires.After(now) {
+		return Token{}, fmt.Errorf("sign token for %s: the key ends at %s: %w", id, i.o.JWTUntil.Format(time.RFC3339), ErrNotReady)
+	}
+	claims, err := json.Marshal(jwtClaims{
+		Audience: audience,
+		Expires:  t.Expires.Unix(),
+		Issued:   t.Issued.Unix(),
+		Issuer:   i.o.JWTIssuer,
+		ID:       rand.Text(), // 130 bits
+		Subject:  id.String(),
+	})
+	if err != nil {
+		return Token{}, fmt.Errorf("sign token for %s: %w", id, err)
+	}
+	enc := base64.RawURLEncoding
+	size := enc.EncodedLen(len(claims))
+	buf := make([]byte, 0, len(i.header)+size+1+512)
+	buf = append(buf, i.header...)
+	buf = enc.AppendEncode(buf, claims)
+	sig, err := i.alg.sign(i.o.JWTKey, buf)
+	if err != nil {
+		return Token{}, fmt.Errorf("sign token for %s: %w", id, err)
+	}
+	buf = append(buf, '.')
+	t.Compact = string(enc.AppendEncode(buf, sig))
+	return t, nil
+}
+
+// check refuses what must not be signed by us whoever asks: an ID of another
+// trust domain, the trust domain's own, one that SPIRE keeps for itself.
+func (i *Issuer) check(id spiffeid.ID) error {
+	switch path := id.Path(); {
+	case !id.MemberOf(i.o.TrustDomain):
+		return fmt.Errorf("sign for %q: not a member of trust domain %s", id, i.o.TrustDomain)
+	case path == "":
+		return fmt.Errorf("sign for %s: the ID has no path, so it is no workload's", id)
+	case path == "/spire" || strings.HasPrefix(path, "/spire/"):
+		return fmt.Errorf("sign for %s: IDs under /spire/ are reserved", id)
+	case len(id.String()) > maxID:
+		return fmt.Errorf("sign for an ID of %d bytes: longer than %d", len(id.String()), maxID)
+	}
+	return nil
+}
+
+// subjectKeyID is method 1 of RFC 7093 §2.
+func subjectKeyID(pub crypto.PublicKey) ([]byte, error) {
+	der, err := x509.MarshalPKIXPublicKey(pub)
+	if err != nil {
+		return nil, err
+	}
+	sum := sha256.Sum256(der)
+	return sum[:20], nil
+}
+
+func (a jwtAlgorithm) sign(key crypto.Signer, signed []byte) ([]byte, error) {
+	sum := a.digest(signed)
+	k, ok := key.(*ecdsa.PrivateKey)
+	if !ok {
+		return key.Sign(rand.Reader, sum, a.opts())
+	}
+	r, s, err := ecdsa.Sign(rand.Reader, k, sum)
+	if err != nil {
+		return nil, err
+	}
+	sig := make([]byte, 2*a.half)
+	r.FillBytes(sig[:a.half])
+	s.FillBytes(sig[a.half:])
+	return sig, nil
+}

@@ -1,0 +1,194 @@
+package svid
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/deputy-id/deputy/svid/registry"
+)
+
+// A tokenKey names what a cached JWT-SVID was minted for: a digest, since
+// audiences may be long.
+type tokenKey [sha256.Size]byte
+
+// A token is a cached JWT-SVID, judged by both clocks as a leaf is.
+type token struct {
+	JWT
+	issued   time.Time
+	life     time.Duration
+	failures int
+	retry    time.Time
+}
+
+// fresh reports whether the token may be served without asking the authority.
+func (t *token) fresh(now time.Time) bool {
+	if !t.valid(now) {
+		return false
+	}
+	if t.failures > 0 && now.Before(t.retry) {
+		return true
+	}
+	// Verifiers refuse a token from the future, so one from before the clock
+	// jumped back is of no use.
+	return !passed(t.issued, t.life/2, now) && !now.Round(0).Before(t.issued.Round(0).Add(-leeway))
+}
+
+func (t *token) valid(now time.Time) bool { return !passed(t.issued, t.life, now) }
+
+// JWT returns a JWT-SVID under the entry for this set of audiences (their
+// order does not matter), cached until half of its life unless the entry asks
+// for a fresh one. When minting fails, a cached one that is valid still serves.
+func (k *Keeper) JWT(ctx context.Context, h Holder, e registry.Entry, audience []string) (JWT, error) {
+	audience = slices.Compact(slices.Sorted(slices.Values(audience)))
+	if e.JWTFresh {
+		select {
+		case <-h.Gone:
+			return JWT{}, ErrGone
+		default:
+		}
+		t, err := k.mint(ctx, e, audience)
+		if err != nil {
+			return JWT{}, err
+		}
+		return t.JWT, nil
+	}
+	key := keyOf(&e, audience)
+	for {
+		kept, err := k.hold(h)
+		if err != nil {
+			return JWT{}, err
+		}
+		kept.mu.Lock()
+		cached := kept.tokens[key]
+		if cached != nil && cached.fresh(time.Now()) {
+			t := cached.JWT
+			kept.mu.Unlock()
+			t.Entry = e
+			return t, nil
+		}
+		if other, ok := kept.minting[key]; ok {
+			kept.mu.Unlock()
+			select {
+			case <-other:
+				continue
+			case <-ctx.Done():
+				return JWT{}, ctx.Err()
+			}
+		}
+		done := make(chan struct{})
+		if kept.minting == nil {
+			kept.minting = make(map[tokenKey]chan struct{})
+		}
+		kept.minting[key] = done
+		kept.mu.Unlock()
+		return k.remint(ctx, kept, key, cached, e, audience, done)
+	}
+}
+
+// remint mints and caches, or falls back to the cached token; it closes done.
+func (k *Keeper) remint(ctx context.Context, kept *held, key tokenKey, cached *token, e registry.Entry, audience []string, done chan struct{}) (JWT, error) {
+	defer func() {
+		kept.mu.Lock()
+		delete(kept.minting, key)
+		kept.mu.Unlock()
+		close(done)
+	}()
+	t, err := k.mint(ctx, e, audience)
+	if err != nil {
+		if ctx.Err() != nil || cached == nil || !cached.valid(time.Now()) {
+			return JWT{}, err
+		}
+		again := *cached
+		again.Entry = e
+		again.failures++
+		wait := backoff(again.failures)
+		again.retry = time.Now().Add(wait)
+		k.log.Warn("minting failed, serving the cached JWT-SVID", "entry", e.ID, "spiffe_id", e.SPIFFEID.String(),
+			"expires", again.Expires, "retry_in", wait.Round(time.Millisecond), "error", err)
+		t = &again
+	}
+	kept.mu.Lock()
+	defer kept.mu.Unlock()
+	if kept.gone {
+		return JWT{}, ErrGone
+	}
+	kept.cache(key, t, k.tokens)
+	return t.JWT, nil
+}
+
+// cache stores a token; where there is no room it evicts the one that ends
+// first. The caller holds mu.
+func (h *held) cache(key tokenKey, t *token, room int) {
+	if h.tokens == nil {
+		h.tokens = make(map[tokenKey]*token)
+	}
+	if _, ok := h.tokens[key]; !ok && len(h.tokens) >= room {
+		var first tokenKey
+		var end time.Time
+		for k, t := range h.tokens {
+			if end.IsZero() || t.Expires.Before(end) {
+				first, end = k, t.Expires
+			}
+		}
+		delete(h.tokens, first)
+	}
+	h.tokens[key] = t
+}
+
+func (k *Keeper) mint(ctx context.Context, e registry.Entry, audience []string) (*token, error) {
+	issued := time.Now()
+	compact, err := k.authority.JWT(ctx, e, audience)
+	if err != nil {
+		return nil, fmt.Errorf("issue JWT-SVID for entry %s: %w", e.ID, err)
+	}
+	expires, err := expiry(compact)
+	if err != nil {
+		return nil, fmt.Errorf("issue JWT-SVID for entry %s: %w", e.ID, err)
+	}
+	return &token{
+		JWT:    JWT{Entry: e, Token: compact, Expires: expires},
+		issued: issued,
+		life:   expires.Sub(issued),
+	}, nil
+}
+
+// expiry reads the exp claim of a token that comes from the authority and so
+// needs no check.
+func expiry(compact string) (time.Time, error) {
+	unreadable := errors.New("authority returned a token that cannot be read")
+	_, rest, _ := strings.Cut(compact, ".")
+	part, _, ok := strings.Cut(rest, ".")
+	if !ok {
+		return time.Time{}, unreadable
+	}
+	data, err := base64.RawURLEncoding.DecodeString(part)
+	if err != nil {
+		return time.Time{}, unreadable
+	}
+	var claims struct {
+		Expires float64 `json:"exp"` // may have a fraction
+	}
+	if json.Unmarshal(data, &claims) != nil || claims.Expires <= 0 || claims.Expires > 1<<40 {
+		return time.Time{}, unreadable
+	}
+	return time.Unix(int64(claims.Expires), 0), nil
+}
+
+func keyOf(e *registry.Entry, audience []string) tokenKey {
+	var buf []byte
+	for _, s := range append([]string{e.ID, e.SPIFFEID.String()}, audience...) {
+		buf = binary.AppendUvarint(buf, uint64(len(s)))
+		buf = append(buf, s...)
+	}
+	buf = binary.AppendVarint(buf, int64(e.JWTTTL))
+	buf = binary.AppendVarint(buf, e.Revision)
+	return sha256.Sum256(buf)
+}

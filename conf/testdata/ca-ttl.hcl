@@ -1,0 +1,3 @@
+authority "local" {
+  ca_ttl = "29s"
+}

@@ -1,0 +1,2 @@
+trust_domain = 'example.org'
+data_dir = "/x";

@@ -1,0 +1,2 @@
+trust_domain = "example.org"
+trust_domain = "example.com"

@@ -1,0 +1,4 @@
+entry "/a" {}
+entry "/b" {
+  selectors = []
+}

@@ -1,0 +1,3 @@
+workload_socket {
+  path = "/run/deputy/private/public/workload.sock"
+}

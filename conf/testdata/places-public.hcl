@@ -1,0 +1,3 @@
+workload_socket {
+  path = "/var/lib/workload.sock"
+}

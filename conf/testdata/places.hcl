@@ -1,0 +1,4 @@
+data_dir = "/run/deputy/public/../public/data"
+admin_socket {
+  path = "/run/deputy/public/admin/admin.sock"
+}

@@ -1,0 +1,3 @@
+trust_domain = "example.org"
+log_level = "info
+data_dir = "/var/lib/deputy"

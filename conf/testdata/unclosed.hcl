@@ -1,0 +1,3 @@
+trust_domain = "example.org"
+entry "/a" {
+  selectors = ["unix:uid:1"]

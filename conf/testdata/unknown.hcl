@@ -1,0 +1,12 @@
+trust_domian = "example.org"
+claims {}
+data_dir {}
+workload_socket = "/run/x.sock"
+entry "/a" {
+  selectors = ["unix:uid:1"]
+  x509_tll  = "1h"
+  template {}
+}
+attestor "systemd" {
+  socket = "/run/x"
+}

@@ -1,0 +1,3 @@
+authority "local" {
+  upstream_bundle = "/etc/deputy/root.pem"
+}

@@ -42,9 +42,9 @@ type Executables struct {
 	sweep  int               // number of images at which those of ended processes are dropped
 }
 
-// NewExecutables returns executables on that host, which it does not close.
-// Files of more than maxSize bytes have no digest; 0 stands for
-// DefaultMaxExecutable, and a negative number for no file at all.
+// NewExecutables returns executables on that host. Files of more than
+// maxSize bytes have no digest; 0 stands for DefaultMaxExecutable, and with a
+// negative number none has.
 func NewExecutables(host *Host, maxSize int64) *Executables {
 	if maxSize == 0 {
 		maxSize = DefaultMaxExecutable
@@ -155,13 +155,16 @@ func (e *Executables) image(p *peer.Process, g *peer.Program) *image {
 	return fresh
 }
 
-// dropEnded drops what is known of processes that nobody holds any more. The
-// caller has mu.
+// dropEnded drops what is known of processes that have ended. One that is only
+// let go of is not to lose its path by that; whether it still is there is asked
+// by its number, which at worst keeps an image too long. The caller has mu.
 func (e *Executables) dropEnded() {
 	for id, im := range e.images {
 		select {
 		case <-im.process.Done():
-			delete(e.images, id)
+			if errors.Is(unix.Kill(int(im.process.PID()), 0), unix.ESRCH) {
+				delete(e.images, id)
+			}
 		default:
 		}
 	}
@@ -280,52 +283,89 @@ func (e *Executables) runDigest(im *image, d *digesting, uid uint32) {
 }
 
 func (e *Executables) sum(ctx context.Context, im *image, uid uint32) (string, error) {
-	f, err := im.process.Open("exe")
+	// To open a file can take as long as to read it, where a server stands behind it.
+	leave, err := e.lookups.enter(ctx, uid)
 	if err != nil {
 		return "", err
 	}
+	f, err := im.process.Open("exe")
+	if err != nil {
+		leave()
+		return "", err
+	}
 	defer f.Close()
+	v, err := e.examine(f, im.program)
+	leave()
+	if err != nil || v.silent {
+		return "", err
+	}
+	if sum, ok := e.known(v); ok {
+		return hex.EncodeToString(sum[:]), nil
+	}
+
+	leave, err = e.hashes.enter(ctx, uid)
+	if err != nil {
+		return "", err
+	}
+	defer leave()
 	const tries = 3 // it may be written while we read
 	for range tries {
-		var st unix.Stat_t
-		if err := unix.Fstat(int(f.Fd()), &st); err != nil {
-			return "", fmt.Errorf("stat executable: %w", err)
+		sum, ok := e.known(v) // by who was before us
+		if !ok {
+			sum, err = hash(ctx, f, v.size)
 		}
-		if (peer.FileID{Dev: st.Dev, Ino: st.Ino}) != im.program.Executable() {
-			return "", peer.ErrProgramChanged
-		}
-		if st.Size > e.maxSize {
-			return "", nil
-		}
-		version := versionOf(&st)
-		share := shareable(f, &st, time.Now())
-		if sum, ok := e.shared.load(version); ok && share {
-			return hex.EncodeToString(sum[:]), nil
-		}
-		leave, err := e.hashes.enter(ctx, uid)
 		if err != nil {
 			return "", err
 		}
-		sum, ok := e.shared.load(version) // by who was before us
-		if !ok || !share {
-			sum, err = hash(ctx, f, st.Size)
-		}
-		leave()
-		if err != nil {
+		before := v
+		if v, err = e.examine(f, im.program); err != nil || v.silent {
 			return "", err
 		}
-		if err := unix.Fstat(int(f.Fd()), &st); err != nil {
-			return "", fmt.Errorf("stat executable: %w", err)
-		}
-		if versionOf(&st) != version {
+		if v.fileVersion != before.fileVersion {
 			continue
 		}
-		if share {
-			e.shared.store(version, sum)
+		if before.shared {
+			e.shared.store(v.fileVersion, sum)
 		}
 		return hex.EncodeToString(sum[:]), nil
 	}
 	return "", errors.New("digest executable: it is being written")
+}
+
+// A verdict is what is to be done about the digest of a file.
+type verdict struct {
+	fileVersion
+	silent bool // there is none to be had
+	shared bool // it holds for every process that runs this version
+}
+
+func (e *Executables) known(v verdict) (sum [sha256.Size]byte, ok bool) {
+	if !v.shared {
+		return sum, false
+	}
+	return e.shared.load(v.fileVersion)
+}
+
+// examine looks at the file that the program is to be.
+func (e *Executables) examine(f *os.File, g *peer.Program) (verdict, error) {
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		return verdict{}, fmt.Errorf("stat executable: %w", err)
+	}
+	if (peer.FileID{Dev: st.Dev, Ino: st.Ino}) != g.Executable() {
+		return verdict{}, peer.ErrProgramChanged
+	}
+	var fs unix.Statfs_t
+	if err := unix.Fstatfs(int(f.Fd()), &fs); err != nil {
+		return verdict{}, fmt.Errorf("stat file system of executable: %w", err)
+	}
+	return verdict{
+		fileVersion: versionOf(&st),
+		// A user who serves a file system can give us another content than the
+		// process got.
+		silent: st.Size > e.maxSize || uint32(fs.Type) == unix.FUSE_SUPER_MAGIC,
+		shared: shareable(&st, &fs, time.Now()),
+	}, nil
 }
 
 // hash reads the file from its beginning to its end, which is expected at size.
@@ -355,24 +395,24 @@ func hash(ctx context.Context, f *os.File, size int64) (sum [sha256.Size]byte, e
 // two changes within one tick of the clock leave the same time.
 const settled = 2 * time.Second
 
-// shareable reports whether the digest of the file holds for every process that
+// shareable reports whether the digest of a file holds for every process that
 // runs this version of it: only root may write it, on a file system that notes
 // each change, which did not happen just now. Not so on tmpfs, where a store
-// through a mapping leaves no trace; on FUSE and network file systems, whose
-// server says what it likes; on overlayfs, below which either may be.
-func shareable(f *os.File, st *unix.Stat_t, now time.Time) bool {
+// through a mapping leaves no trace; on network file systems, whose server says
+// what it likes; on overlayfs, below which either may be; and where set-user-ID
+// is off, as on the disk that a user brought along.
+func shareable(st *unix.Stat_t, fs *unix.Statfs_t, now time.Time) bool {
 	// The group bits are the mask of an access list, so that they cover it too.
 	if st.Mode&unix.S_IFMT != unix.S_IFREG || st.Uid != 0 || st.Mode&0o022 != 0 {
 		return false
 	}
-	if now.Sub(time.Unix(st.Ctim.Unix())) < settled {
-		return false // nor if it lies in the future
-	}
-	var sfs unix.Statfs_t
-	if err := unix.Fstatfs(int(f.Fd()), &sfs); err != nil {
+	if now.Sub(time.Unix(st.Ctim.Unix())) < settled { // or in the future
 		return false
 	}
-	switch uint32(sfs.Type) {
+	if fs.Flags&unix.ST_NOSUID != 0 {
+		return false
+	}
+	switch uint32(fs.Type) {
 	case unix.EXT4_SUPER_MAGIC, unix.XFS_SUPER_MAGIC, unix.BTRFS_SUPER_MAGIC, unix.F2FS_SUPER_MAGIC,
 		unix.EROFS_SUPER_MAGIC_V1, unix.SQUASHFS_MAGIC, zfsMagic:
 		return true

@@ -5,8 +5,8 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"runtime"
 	"strings"
-	"sync"
 
 	"golang.org/x/sys/unix"
 
@@ -19,9 +19,7 @@ import (
 // which takes the rights of root, our own stand in.
 type Host struct {
 	namespaces map[string]peer.FileID
-
-	mu   sync.RWMutex // guards root against being closed while in use
-	root int          // O_PATH
+	root       *os.File // O_PATH; closed when nobody uses the Host any more
 }
 
 // hostNamespaces are those that decide what a process is on the host: who it
@@ -30,7 +28,7 @@ type Host struct {
 // a process off the host.
 var hostNamespaces = []string{"user", "pid", "mnt", "cgroup"}
 
-// OpenHost opens the host's root. The caller closes it.
+// OpenHost opens the host's root.
 func OpenHost() (*Host, error) {
 	h, err := openHost("/proc/1")
 	if errors.Is(err, fs.ErrPermission) {
@@ -52,20 +50,8 @@ func openHost(process string) (*Host, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open root of the host: %w", err)
 	}
-	h.root = root
+	h.root = os.NewFile(uintptr(root), process+"/root")
 	return h, nil
-}
-
-// Close closes the host's root.
-func (h *Host) Close() error {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if h.root < 0 {
-		return nil
-	}
-	err := unix.Close(h.root)
-	h.root = -1
-	return err
 }
 
 // shares reports whether the process is in the host's namespaces.
@@ -84,18 +70,14 @@ func (h *Host) shares(p *peer.Process) (bool, error) {
 
 // open opens an absolute path in the host's root, whatever it links to.
 func (h *Host) open(path string, flags, resolve uint64) (int, error) {
-	h.mu.RLock()
-	defer h.mu.RUnlock()
-	if h.root < 0 {
-		return -1, os.ErrClosed
-	}
+	defer runtime.KeepAlive(h.root)
 	// The kernel gives up (EAGAIN) when a directory on the way is renamed
 	// meanwhile, which somebody could keep doing.
 	const tries = 8
 	var err error
 	for range tries {
 		var fd int
-		fd, err = unix.Openat2(h.root, strings.TrimLeft(path, "/"), &unix.OpenHow{
+		fd, err = unix.Openat2(int(h.root.Fd()), strings.TrimLeft(path, "/"), &unix.OpenHow{
 			Flags:   flags | unix.O_CLOEXEC,
 			Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS | resolve,
 		})
@@ -124,7 +106,7 @@ func (h *Host) file(path string) (*os.File, error) {
 func (h *Host) names(path string, file peer.FileID) (bool, error) {
 	fd, err := h.open(path, unix.O_PATH|unix.O_NOFOLLOW, unix.RESOLVE_NO_SYMLINKS)
 	switch {
-	case errors.Is(err, unix.EAGAIN), errors.Is(err, os.ErrClosed), errors.Is(err, unix.EMFILE),
+	case errors.Is(err, unix.EAGAIN), errors.Is(err, unix.EMFILE),
 		errors.Is(err, unix.ENFILE), errors.Is(err, unix.ENOMEM), errors.Is(err, unix.EIO), errors.Is(err, unix.EINTR):
 		return false, fmt.Errorf("open executable in the root of the host: %w", err)
 	case err != nil:

@@ -1,0 +1,246 @@
+package endpoint
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"slices"
+	"strconv"
+
+	"google.golang.org/grpc"
+
+	"github.com/deputy-id/deputy/attestor"
+	"github.com/deputy-id/deputy/attestor/peer"
+	adminv1 "github.com/deputy-id/deputy/proto/deputy/admin/v1"
+	"github.com/deputy-id/deputy/svid/registry"
+)
+
+// acceptAdmin decides at connect whether a peer may administer. One that may
+// not is told so by every call, rather than cut off: it is a command that has
+// something to print.
+func (s *Server) acceptAdmin(l *link) error {
+	l.refused = s.mayAdminister(l)
+	if l.refused != nil {
+		s.Log.Info("administrator refused", "pid", l.Process().PID(), "uid", l.uid, "reason", l.refused)
+	}
+	return nil
+}
+
+// mayAdminister fails closed: what cannot be found out refuses.
+func (s *Server) mayAdminister(l *link) error {
+	if l.uid != 0 && l.uid != uint32(os.Geteuid()) {
+		in, err := s.inAdminGroup(l)
+		if err != nil {
+			return fmt.Errorf("%w: %v", errForeign, err)
+		}
+		if !in {
+			return fmt.Errorf("%w: UID %d is neither root nor a member of the group", errForeign, l.uid)
+		}
+	}
+	foreign, err := l.Process().ForeignUserNamespace()
+	switch {
+	case err != nil:
+		return fmt.Errorf("%w: %v", errForeign, err)
+	case foreign:
+		return fmt.Errorf("%w: from another user namespace", errForeign)
+	}
+	return s.outsideContainers(l)
+}
+
+// outsideContainers lets in who shares our mount namespace (which, if we are
+// in a container ourselves, is that container) or stands on the host as
+// attested. Only the host's root can join our mount namespace.
+func (s *Server) outsideContainers(l *link) error {
+	theirs, err := l.Process().Namespace("mnt")
+	if err != nil {
+		return fmt.Errorf("%w: %v", errForeign, err)
+	}
+	ours, err := ownNamespace("mnt")
+	if err != nil {
+		return fmt.Errorf("%w: %v", errForeign, err)
+	}
+	if theirs == ours {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), challengeTime)
+	defer cancel()
+	ev, err := s.Attestors.Attest(ctx, l.Process())
+	switch {
+	case err != nil:
+		return fmt.Errorf("%w: %v", errForeign, err)
+	case !ev.Has(onHost):
+		return fmt.Errorf("%w: from a container or another mount namespace", errForeign)
+	}
+	return nil
+}
+
+var onHost = attestor.Selector{Type: "process", Value: "host:true"}
+
+// inAdminGroup looks at the group of the process and at its supplementary ones.
+func (s *Server) inAdminGroup(l *link) (bool, error) {
+	if s.AdminGroup < 0 {
+		return false, nil
+	}
+	if l.Credentials().EGID == uint32(s.AdminGroup) {
+		return true, nil
+	}
+	status, err := l.Process().ReadFile("status")
+	if err != nil {
+		return false, err
+	}
+	for line := range bytes.Lines(status) {
+		if list, ok := bytes.CutPrefix(line, []byte("Groups:")); ok {
+			return slices.ContainsFunc(bytes.Fields(list), func(f []byte) bool {
+				return string(f) == strconv.Itoa(s.AdminGroup)
+			}), nil
+		}
+	}
+	return false, nil
+}
+
+func (s *Server) guard(ctx context.Context) error {
+	l := linkOf(ctx)
+	switch {
+	case l == nil:
+		return errForeign
+	case l.refused != nil:
+		return l.refused
+	}
+	return s.check(l)
+}
+
+func (s *Server) guardUnary(ctx context.Context, in any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+	if err := s.guard(ctx); err != nil {
+		return nil, adminStatus(err)
+	}
+	return handler(ctx, in)
+}
+
+func (s *Server) guardStream(srv any, st grpc.ServerStream, _ *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+	if err := s.guard(st.Context()); err != nil {
+		return adminStatus(err)
+	}
+	return handler(srv, st)
+}
+
+// admin is our own API for administrators.
+type admin struct {
+	adminv1.UnimplementedAdminServer
+	s *Server
+}
+
+// open pins the process that has this PID now.
+func (a *admin) open(pid int32) (*peer.Process, error) {
+	if pid <= 0 {
+		return nil, invalid("PID %d is not one", pid)
+	}
+	p, err := a.s.Processes.Open(pid)
+	if errors.Is(err, peer.ErrGone) || errors.Is(err, fs.ErrNotExist) {
+		return nil, &fault{errNotFound, fmt.Sprintf("no process has the PID %d", pid)}
+	}
+	return p, err
+}
+
+// AttestProcess gathers anew: who asks wants to know what holds now.
+func (a *admin) AttestProcess(ctx context.Context, in *adminv1.AttestProcessRequest) (*adminv1.AttestProcessResponse, error) {
+	p, err := a.open(in.Pid)
+	if err != nil {
+		return nil, adminStatus(err)
+	}
+	defer p.Close()
+	set, _ := a.s.Registry.Set()
+	ev, err := a.s.Attestors.Refresh(ctx, p)
+	if err != nil {
+		return nil, adminStatus(err)
+	}
+	out := &adminv1.AttestProcessResponse{Selectors: spireSelectors(ev.Selectors), Traced: ev.Traced}
+	for _, u := range ev.Unknown {
+		out.Unknown = append(out.Unknown, &adminv1.Unknown{Prefixes: u.Prefixes, Reason: u.Err.Error()})
+	}
+	for _, e := range uniqueHints(set.Match(ev).Entries) {
+		out.SpiffeIds = append(out.SpiffeIds, e.SPIFFEID.String())
+	}
+	return out, nil
+}
+
+func (a *admin) ListEntries(_ context.Context, in *adminv1.ListEntriesRequest) (*adminv1.ListEntriesResponse, error) {
+	set, _ := a.s.Registry.Set()
+	if in.Id != "" {
+		e, ok := set.Entry(in.Id)
+		if !ok {
+			return nil, adminStatus(registry.ErrNotFound)
+		}
+		return &adminv1.ListEntriesResponse{Entries: []*adminv1.Entry{ourEntry(e)}}, nil
+	}
+	want, err := readSelectors(in.Selectors)
+	if err != nil {
+		return nil, adminStatus(err)
+	}
+	out := &adminv1.ListEntriesResponse{}
+	for _, e := range set.Entries() {
+		if in.SpiffeId != "" && a.s.TrustDomain.IDString()+e.Path != in.SpiffeId {
+			continue
+		}
+		if slices.ContainsFunc(want, func(s attestor.Selector) bool { return !slices.Contains(e.Selectors, s) }) {
+			continue
+		}
+		out.Entries = append(out.Entries, ourEntry(e))
+	}
+	return out, nil
+}
+
+func (a *admin) CreateEntry(ctx context.Context, in *adminv1.CreateEntryRequest) (*adminv1.CreateEntryResponse, error) {
+	e, err := a.create(ctx, in.Entry, a.s.Registry.Create)
+	if err != nil {
+		return nil, adminStatus(err)
+	}
+	return &adminv1.CreateEntryResponse{Entry: ourEntry(e)}, nil
+}
+
+// create stores an entry. Without a parent it is this node's.
+func (a *admin) create(ctx context.Context, in *adminv1.Entry, store func(context.Context, registry.Entry) (registry.Entry, error)) (registry.Entry, error) {
+	e, err := a.read(in)
+	if err != nil {
+		return registry.Entry{}, err
+	}
+	e.ID = in.Entry.Id
+	if e, err = store(ctx, e); err != nil {
+		return registry.Entry{}, err
+	}
+	a.s.Log.Info("entry created", "entry", e.ID, "path", e.Path)
+	return e, nil
+}
+
+func (a *admin) read(in *adminv1.Entry) (registry.Entry, error) {
+	var e registry.Entry
+	if in.GetEntry() == nil {
+		return e, invalid("missing entry")
+	}
+	if in.Entry.ParentId == nil {
+		in.Entry.ParentId = spireID(registry.NodeID(a.s.TrustDomain))
+	}
+	if err := applySPIRE(&e, in.Entry, nil, a.s.TrustDomain); err != nil {
+		return e, err
+	}
+	applyOurs(&e, in)
+	return e, nil
+}
+
+func (a *admin) UpdateEntry(ctx context.Context, in *adminv1.UpdateEntryRequest) (*adminv1.UpdateEntryResponse, error) {
+	next, err := a.read(in.Entry)
+	if err != nil {
+		return nil, adminStatus(err)
+	}
+	e, err := a.s.Registry.Update(ctx, in.Entry.Entry.Id, func(e *registry.Entry) error {
+		*e = next
+		return nil
+	})
+	if err != nil {
+		return nil, adminStatus(err)
+	}
+	a.s.Log.Info("entry updated", "entry", e.ID, "path", e.Path)
+	return &adminv1.UpdateEntryResponse{Entry: ourEntry(e)}, nil
+}

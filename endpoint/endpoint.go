@@ -1,0 +1,214 @@
+// Package endpoint is the gRPC services on the sockets: the SPIFFE Workload
+// API for every process of the host, and for its administrators SPIRE's entry,
+// bundle, SVID and logger APIs beside our own.
+//
+// It asks the stages before it, for each message that has a key in it: is the
+// process behind this connection still the one that opened it, what is known
+// of it, which entries does that match, what are their SVIDs. It defends
+// against a client that uses what an earlier program of its process asked for,
+// one that wants to learn about entries of others, one that takes the machine
+// for itself, and an administrator's command that comes out of a container.
+// Errors become gRPC codes in errors.go and nowhere else.
+//
+// A caller owes it listeners of package peer, with Admit in their options, and
+// a Run for as long as it serves.
+package endpoint
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"runtime"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
+	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
+	loggerv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/logger/v1"
+	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/health"
+	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/reflection"
+
+	"github.com/deputy-id/deputy/attestor"
+	"github.com/deputy-id/deputy/attestor/peer"
+	adminv1 "github.com/deputy-id/deputy/proto/deputy/admin/v1"
+	"github.com/deputy-id/deputy/svid"
+	"github.com/deputy-id/deputy/svid/registry"
+)
+
+// attestors say what is known of a process; attestor.Set is what does.
+type attestors interface {
+	Attest(context.Context, *peer.Process) (*attestor.Evidence, error)
+	Refresh(context.Context, *peer.Process) (*attestor.Evidence, error)
+}
+
+// Config is what a Server works with.
+type Config struct {
+	TrustDomain spiffeid.TrustDomain
+	Attestors   attestors
+	Registry    *registry.Store
+	Keeper      *svid.Keeper
+	Authority   svid.Authority
+	Log         hclog.Logger
+
+	// For the admin socket.
+	Processes  *peer.Table // to attest by PID
+	Minter     minter      // nil where the authority does not sign for bare keys
+	Federation federation  // nil where the authority brings its own bundles
+	Names      names       // nil: no process can be registered under a name
+	AdminGroup int         // GID whose members may administer beside root and the daemon's own user; -1: none
+
+	Limits Limits // zero: by DefaultLimits
+}
+
+// Server serves both sockets.
+type Server struct {
+	Config
+	budget   *budget
+	workload *grpc.Server
+	admin    *grpc.Server
+	health   *health.Server
+	stopping chan struct{} // closed when open streams are to end
+	stop     func()        // closes it
+
+	mu       sync.Mutex // guards sessions
+	sessions map[uint64]*session
+}
+
+// New returns a server that serves nothing yet.
+func New(c Config) *Server {
+	if c.Limits == (Limits{}) {
+		c.Limits = DefaultLimits(descriptors(), runtime.GOMAXPROCS(0))
+	}
+	s := &Server{
+		Config:   c,
+		budget:   newBudget(c.Limits),
+		health:   health.NewServer(),
+		stopping: make(chan struct{}),
+		sessions: make(map[uint64]*session),
+	}
+	s.stop = sync.OnceFunc(func() { close(s.stopping) })
+
+	s.workload = grpc.NewServer(s.options(&handshaker{s: s, accept: s.acceptAny},
+		grpc.ChainStreamInterceptor(s.countStream), grpc.ChainUnaryInterceptor(s.countUnary))...)
+	s.workload.RegisterService(&workloadDesc, s)
+	healthv1.RegisterHealthServer(s.workload, s.health)
+	reflection.Register(s.workload)
+
+	s.admin = grpc.NewServer(s.options(&handshaker{s: s, accept: s.acceptAdmin},
+		grpc.ChainStreamInterceptor(s.guardStream), grpc.ChainUnaryInterceptor(s.guardUnary))...)
+	entryv1.RegisterEntryServer(s.admin, &entries{s: s})
+	bundlev1.RegisterBundleServer(s.admin, &bundles{s: s})
+	svidv1.RegisterSVIDServer(s.admin, &mint{s: s})
+	loggerv1.RegisterLoggerServer(s.admin, &levels{log: c.Log, launch: c.Log.GetLevel()})
+	adminv1.RegisterAdminServer(s.admin, &admin{s: s})
+	healthv1.RegisterHealthServer(s.admin, s.health)
+	reflection.Register(s.admin)
+	return s
+}
+
+// Bounds of what a client may send.
+const (
+	maxMessage = 1 << 20
+	maxHeaders = 16 << 10
+)
+
+// options are those of both servers. Buffers are small, because there may be a
+// connection for each of ten thousand processes and a request has a hundred
+// bytes; the write buffer is shared, because nobody writes most of the time.
+// Windows are static: requests are too small for an estimate of the bandwidth
+// to be worth its pings.
+func (s *Server) options(h *handshaker, more ...grpc.ServerOption) []grpc.ServerOption {
+	return append([]grpc.ServerOption{
+		grpc.Creds(h),
+		grpc.ForceServerCodecV2(newCodec()),
+		grpc.MaxConcurrentStreams(uint32(s.Limits.ConnStreams)),
+		grpc.MaxRecvMsgSize(maxMessage),
+		grpc.MaxHeaderListSize(maxHeaders),
+		grpc.ReadBufferSize(4 << 10),
+		grpc.WriteBufferSize(16 << 10),
+		grpc.SharedWriteBuffer(true),
+		grpc.StaticStreamWindowSize(64 << 10),
+		grpc.StaticConnWindowSize(128 << 10),
+		grpc.ConnectionTimeout(2 * challengeTime),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
+	}, more...)
+}
+
+// Admit is for the options of the workload listener.
+func (s *Server) Admit(uid uint32) (release func(), err error) { return s.budget.admit(uid) }
+
+// ServeWorkload serves the Workload API on a listener of package peer until
+// the server stops.
+func (s *Server) ServeWorkload(l net.Listener) error { return serve(s.workload, l) }
+
+// ServeAdmin serves the administrators' APIs on a listener of package peer
+// until the server stops.
+func (s *Server) ServeAdmin(l net.Listener) error { return serve(s.admin, l) }
+
+func serve(g *grpc.Server, l net.Listener) error {
+	if err := g.Serve(l); err != nil && !errors.Is(err, grpc.ErrServerStopped) {
+		return fmt.Errorf("serve %s: %w", l.Addr(), err)
+	}
+	return nil
+}
+
+// grace is how long calls that are on their way may take when the server stops.
+const grace = 3 * time.Second
+
+// Run keeps the health state until the context ends, and then stops serving:
+// open streams end with Unavailable.
+func (s *Server) Run(ctx context.Context) error {
+	s.watchHealth(ctx)
+	s.health.Shutdown()
+	s.stop()
+	var done sync.WaitGroup
+	for _, g := range []*grpc.Server{s.workload, s.admin} {
+		done.Go(func() {
+			timer := time.AfterFunc(grace, g.Stop)
+			defer timer.Stop()
+			g.GracefulStop()
+		})
+	}
+	done.Wait()
+	return nil
+}
+
+// watchHealth says SERVING while the authority has something to sign with.
+func (s *Server) watchHealth(ctx context.Context) {
+	for {
+		b, stale := s.Authority.Bundles()
+		state := healthv1.HealthCheckResponse_NOT_SERVING
+		if ready(b) {
+			state = healthv1.HealthCheckResponse_SERVING
+		}
+		s.health.SetServingStatus("", state)
+		s.health.SetServingStatus(workloadDesc.ServiceName, state)
+		select {
+		case <-ctx.Done():
+			return
+		case <-stale:
+		}
+	}
+}
+
+func ready(b *svid.Bundles) bool {
+	return b != nil && b.Own != nil && len(b.Own.X509Authorities) > 0
+}
+
+// descriptors is how many files this process may have open.
+func descriptors() uint64 {
+	var l unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &l); err != nil {
+		return uint64(os.Getpagesize()) / 4 // what Linux gives when nobody says otherwise
+	}
+	return l.Cur
+}

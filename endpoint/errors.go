@@ -1,0 +1,172 @@
+package endpoint
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/deputy-id/deputy/attestor"
+	"github.com/deputy-id/deputy/attestor/peer"
+	"github.com/deputy-id/deputy/svid"
+	"github.com/deputy-id/deputy/svid/registry"
+)
+
+// Why a call is not served. What a caller reads of them says nothing about
+// entries that it does not hold.
+var (
+	errHeader     = errors.New("header workload.spiffe.io: true is missing")
+	errNoIdentity = errors.New("no identity issued")
+	errTraced     = errors.New("process is traced")
+	errUnknown    = errors.New("evidence is incomplete")
+	errStopping   = errors.New("daemon is stopping")
+	errBudget     = errors.New("over budget")
+	errForeign    = errors.New("not permitted on this socket")
+	errNotFound   = errors.New("not found")
+	errExists     = errors.New("already exists")
+	errInUse      = errors.New("in use")
+	errInvalid    = errors.New("invalid argument")
+	errElsewhere  = errors.New("not offered by this authority")
+)
+
+// A fault is one of the errors above with words of its own.
+type fault struct {
+	kind error
+	text string
+}
+
+func (f *fault) Error() string { return f.text }
+func (f *fault) Unwrap() error { return f.kind }
+
+func invalid(format string, args ...any) error {
+	return &fault{errInvalid, fmt.Sprintf(format, args...)}
+}
+
+// codes of errors, the first match counts. This is the only place where an
+// error of Deputy's packages becomes a gRPC code.
+var codeOf = []struct {
+	err  error
+	code codes.Code
+}{
+	{errHeader, codes.InvalidArgument},
+	{errInvalid, codes.InvalidArgument},
+	{registry.ErrInvalid, codes.InvalidArgument},
+	{errNoIdentity, codes.PermissionDenied},
+	{errTraced, codes.PermissionDenied},
+	{errForeign, codes.PermissionDenied},
+	{errUnknown, codes.Unavailable},
+	{errStopping, codes.Unavailable},
+	{svid.ErrNotReady, codes.Unavailable},
+	// The connection has gone, or goes: the program that the process runs now
+	// is attested on its next one.
+	{peer.ErrProgramChanged, codes.Unavailable},
+	{peer.ErrCredentialsChanged, codes.Unavailable},
+	{peer.ErrForeignMessage, codes.Unavailable},
+	{peer.ErrGone, codes.Unavailable},
+	{attestor.ErrGone, codes.Unavailable},
+	{svid.ErrGone, codes.Unavailable},
+	{errBudget, codes.ResourceExhausted},
+	{registry.ErrFromFile, codes.FailedPrecondition},
+	{errInUse, codes.FailedPrecondition},
+	{registry.ErrNotFound, codes.NotFound},
+	{errNotFound, codes.NotFound},
+	{registry.ErrExists, codes.AlreadyExists},
+	{errExists, codes.AlreadyExists},
+	{errElsewhere, codes.Unimplemented},
+	{context.Canceled, codes.Canceled},
+	{context.DeadlineExceeded, codes.DeadlineExceeded},
+}
+
+// code returns the gRPC code of an error.
+func code(err error) codes.Code {
+	if err == nil {
+		return codes.OK
+	}
+	for _, c := range codeOf {
+		if errors.Is(err, c.err) {
+			return c.code
+		}
+	}
+	if s, ok := status.FromError(err); ok {
+		return s.Code()
+	}
+	return codes.Internal
+}
+
+// workloadStatus is what a workload is told: the code and a constant text, or
+// what is wrong with its own request.
+func workloadStatus(err error) error {
+	if err == nil {
+		return nil
+	}
+	c := code(err)
+	switch {
+	case c == codes.InvalidArgument:
+		return status.Error(c, err.Error())
+	case c == codes.PermissionDenied:
+		return status.Error(c, errNoIdentity.Error())
+	case errors.Is(err, errBudget), errors.Is(err, errStopping), errors.Is(err, svid.ErrNotReady):
+		return status.Error(c, err.Error())
+	case c == codes.Unavailable:
+		return status.Error(c, "identity is not known for now")
+	case c == codes.Internal:
+		return status.Error(c, "identity could not be issued")
+	}
+	if s, ok := status.FromError(err); ok {
+		return s.Err()
+	}
+	return status.Error(c, err.Error())
+}
+
+// adminStatus is what an administrator is told: everything.
+func adminStatus(err error) error {
+	if err == nil {
+		return nil
+	}
+	return status.Error(code(err), err.Error())
+}
+
+// itemStatus is the status of one item of a batch.
+func itemStatus(err error) *types.Status {
+	if err == nil {
+		return &types.Status{Code: int32(codes.OK), Message: codes.OK.String()}
+	}
+	return &types.Status{Code: int32(code(err)), Message: err.Error()}
+}
+
+// decodeStatus is for a request that could not be read. gRPC calls malformed
+// bytes Internal; the Workload API calls them InvalidArgument.
+func decodeStatus(err error) error {
+	if s, ok := status.FromError(err); ok && s.Code() != codes.Internal {
+		return s.Err()
+	}
+	return status.Error(codes.InvalidArgument, "malformed request")
+}
+
+// passing reports whether the cause of an error may go away by itself while
+// the client keeps what it has.
+func passing(err error) bool {
+	switch code(err) {
+	case codes.Unavailable:
+		return !moved(err) && !errors.Is(err, errStopping)
+	case codes.Internal, codes.ResourceExhausted:
+		return true
+	}
+	return errors.Is(err, errTraced)
+}
+
+// moved reports whether the connection no longer belongs to the program, or
+// the credentials, that opened it.
+func moved(err error) bool {
+	for _, target := range []error{
+		peer.ErrProgramChanged, peer.ErrCredentialsChanged, peer.ErrForeignMessage, peer.ErrGone, attestor.ErrGone, svid.ErrGone,
+	} {
+		if errors.Is(err, target) {
+			return true
+		}
+	}
+	return false
+}

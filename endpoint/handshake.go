@@ -1,0 +1,116 @@
+package endpoint
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/credentials"
+	grpcpeer "google.golang.org/grpc/peer"
+
+	"github.com/deputy-id/deputy/attestor/peer"
+)
+
+// challengeTime is how long a client has to show that it speaks HTTP/2.
+const challengeTime = 5 * time.Second
+
+// A link is one connection as the handlers see it: its process, the session
+// that all connections of the process share, and its place in the budget.
+type link struct {
+	*peer.Conn
+	session *session
+	uid     uint32 // effective, when the connection was accepted
+	seat    *seat
+	refused error // on the admin socket: why this peer may not use it
+	closed  func() error
+}
+
+// AuthType makes a link the credentials.AuthInfo of its connection.
+func (l *link) AuthType() string { return "pidfd" }
+
+// Close closes the connection and leaves the session.
+func (l *link) Close() error { return l.closed() }
+
+func linkOf(ctx context.Context) *link {
+	p, ok := grpcpeer.FromContext(ctx)
+	if !ok {
+		return nil
+	}
+	l, _ := p.AuthInfo.(*link)
+	return l
+}
+
+// handshaker is the transport credentials of a socket: nothing is encrypted,
+// and the peer is known from the kernel instead of from what it says.
+type handshaker struct {
+	s      *Server
+	accept func(*link) error
+}
+
+var errServerOnly = errors.New("credentials are for servers")
+
+func (h *handshaker) ClientHandshake(context.Context, string, net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	return nil, nil, errServerOnly
+}
+
+// ServerHandshake runs in a goroutine of the connection and may wait.
+func (h *handshaker) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	c, ok := raw.(*peer.Conn)
+	if !ok {
+		return nil, nil, fmt.Errorf("connection is a %T, not pinned", raw)
+	}
+	uid := c.Credentials().EUID
+	l := &link{Conn: c, uid: uid, seat: h.s.budget.seat(uid)}
+	l.closed = sync.OnceValue(func() error {
+		if l.session != nil {
+			l.session.leave(l)
+		}
+		l.seat.leave()
+		return l.Conn.Close()
+	})
+	if err := h.challenge(l); err != nil {
+		l.Close()
+		return nil, nil, err
+	}
+	l.session = h.s.join(l)
+	if err := h.accept(l); err != nil {
+		l.Close()
+		return nil, nil, err
+	}
+	return l, l, nil
+}
+
+func (h *handshaker) challenge(l *link) error {
+	ctx, cancel := context.WithTimeout(context.Background(), challengeTime)
+	defer cancel()
+	turn := l.seat.account().challenge
+	if err := enter(ctx, turn); err != nil {
+		l.Conn.GoAway(err.Error())
+		return err
+	}
+	defer func() { <-turn }()
+	return l.Conn.Challenge(ctx)
+}
+
+func (h *handshaker) Info() credentials.ProtocolInfo {
+	return credentials.ProtocolInfo{SecurityProtocol: "pidfd"}
+}
+
+func (h *handshaker) Clone() credentials.TransportCredentials { return h }
+
+func (h *handshaker) OverrideServerName(string) error { return errServerOnly }
+
+func (s *Server) acceptAny(*link) error { return nil }
+
+// ownNamespace names a namespace of the daemon as peer.Process.Namespace does.
+func ownNamespace(kind string) (peer.FileID, error) {
+	var st unix.Stat_t
+	if err := unix.Stat("/proc/self/ns/"+kind, &st); err != nil {
+		return peer.FileID{}, fmt.Errorf("stat own %s namespace: %w", kind, err)
+	}
+	return peer.FileID{Dev: st.Dev, Ino: st.Ino}, nil
+}

@@ -1,0 +1,239 @@
+package endpoint
+
+import (
+	"context"
+	"slices"
+	"sync"
+	"sync/atomic"
+
+	"github.com/deputy-id/deputy/attestor"
+	"github.com/deputy-id/deputy/attestor/peer"
+	"github.com/deputy-id/deputy/svid"
+	"github.com/deputy-id/deputy/svid/registry"
+)
+
+// A session is what the connections of one process share: what its evidence
+// matched, and the messages that were made of that. It ends with the process.
+type session struct {
+	s      *Server
+	proc   *peer.Process
+	holder svid.Holder
+
+	view    atomic.Pointer[view]
+	x509    atomic.Pointer[x509Message]
+	bundles atomic.Pointer[bundleMessage]
+
+	mu      sync.Mutex // guards what follows; held while a message is made, never while one waits
+	links   map[*link]struct{}
+	refresh *refresh
+}
+
+// A view is what a process is entitled to by one evidence and one set of
+// entries. It is immutable.
+type view struct {
+	ev  *attestor.Evidence
+	set *registry.Set
+	registry.Match
+}
+
+// verdict says why there is nothing to serve, nil if there is something.
+func (v *view) verdict() error {
+	switch {
+	case len(v.Entries) > 0:
+		return nil
+	case len(v.Unknown) > 0:
+		return errUnknown // not "no": the entry may be one of those that depend on it
+	case v.Traced:
+		return errTraced
+	}
+	return errNoIdentity
+}
+
+// join returns the session of the connection's process.
+func (s *Server) join(l *link) *session {
+	proc := l.Process()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	c, ok := s.sessions[proc.ID()]
+	if !ok || c.proc != proc {
+		c = &session{
+			s: s, proc: proc,
+			holder: svid.Holder{ID: proc.ID(), Gone: proc.Done()},
+			links:  make(map[*link]struct{}),
+		}
+		s.sessions[proc.ID()] = c
+		go c.end()
+	}
+	c.mu.Lock()
+	c.links[l] = struct{}{}
+	c.mu.Unlock()
+	return c
+}
+
+func (c *session) leave(l *link) {
+	c.mu.Lock()
+	delete(c.links, l)
+	c.mu.Unlock()
+}
+
+// end drops the session, with the keys in its messages, when the process is
+// gone, and the connections that a child of it still holds.
+func (c *session) end() {
+	<-c.proc.Done()
+	c.s.mu.Lock()
+	if c.s.sessions[c.proc.ID()] == c {
+		delete(c.s.sessions, c.proc.ID())
+	}
+	c.s.mu.Unlock()
+
+	c.mu.Lock()
+	links := make([]*link, 0, len(c.links))
+	for l := range c.links {
+		links = append(links, l)
+	}
+	c.mu.Unlock()
+	for _, l := range links {
+		l.GoAway(peer.ErrGone.Error())
+	}
+}
+
+// match returns what the evidence gives by these entries. Of entries with the
+// same hint the first counts (SPIFFE Workload API §5.2.1): the others are not
+// served at all, neither as X.509 nor as JWT.
+func (c *session) match(ev *attestor.Evidence, set *registry.Set) *view {
+	if v := c.view.Load(); v != nil && v.ev == ev && v.set == set {
+		return v
+	}
+	v := &view{ev: ev, set: set, Match: set.Match(ev)}
+	v.Entries = uniqueHints(v.Entries)
+	c.view.Store(v)
+	return v
+}
+
+func uniqueHints(entries []registry.Entry) []registry.Entry {
+	seen := make(map[string]bool, len(entries))
+	return slices.DeleteFunc(slices.Clone(entries), func(e registry.Entry) bool {
+		if e.Hint == "" {
+			return false
+		}
+		again := seen[e.Hint]
+		seen[e.Hint] = true
+		return again
+	})
+}
+
+// A refresh gathers evidence anew, once for all streams of a process.
+type refresh struct {
+	because any // the snapshot, or the evidence, that is no longer good
+	done    chan struct{}
+	ev      *attestor.Evidence
+	err     error
+}
+
+func (c *session) gather(ctx context.Context, because any, turn chan struct{}) (*attestor.Evidence, error) {
+	c.mu.Lock()
+	r := c.refresh
+	if r == nil || r.because != because || r.failed() {
+		r = &refresh{because: because, done: make(chan struct{})}
+		c.refresh = r
+		go func() {
+			defer close(r.done)
+			// Others wait for the answer too: it does not end with this call.
+			// The attestors have deadlines of their own.
+			ctx := context.WithoutCancel(ctx)
+			if r.err = enter(ctx, turn); r.err == nil {
+				r.ev, r.err = c.s.Attestors.Refresh(ctx, c.proc)
+				<-turn
+			}
+		}()
+	}
+	c.mu.Unlock()
+	select {
+	case <-r.done:
+		return r.ev, r.err
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+}
+
+func (r *refresh) failed() bool {
+	select {
+	case <-r.done:
+		return r.err != nil
+	default:
+		return false
+	}
+}
+
+// identify finds out what the process behind the connection is entitled to
+// now. because is nil, or what makes kept evidence too old. The channel closes
+// when entries changed.
+func (s *Server) identify(ctx context.Context, l *link, because any) (*view, <-chan struct{}, error) {
+	if err := s.check(l); err != nil {
+		return nil, nil, err
+	}
+	set, stale := s.Registry.Set()
+	ev, err := s.attest(ctx, l, because)
+	if err != nil {
+		return nil, nil, err
+	}
+	// Whoever executed another program meanwhile was not what was attested.
+	if err := s.check(l); err != nil {
+		return nil, nil, err
+	}
+	if err := l.seat.move(ev.Owner); err != nil {
+		l.GoAway(err.Error())
+		return nil, nil, err
+	}
+	return l.session.match(ev, set), stale, nil
+}
+
+func (s *Server) attest(ctx context.Context, l *link, because any) (*attestor.Evidence, error) {
+	turn := l.seat.account().attesting
+	if because != nil {
+		return l.session.gather(ctx, because, turn)
+	}
+	if err := enter(ctx, turn); err != nil {
+		return nil, err
+	}
+	defer func() { <-turn }()
+	return s.Attestors.Attest(ctx, l.session.proc)
+}
+
+// check closes a connection that no longer belongs to the program that opened
+// it. The client opens another, on which its process is attested anew.
+func (s *Server) check(l *link) error {
+	err := l.Check()
+	if err != nil {
+		l.GoAway(err.Error())
+	}
+	return err
+}
+
+// due returns the last snapshot if one of its SVIDs wants renewal, which is
+// when evidence is gathered anew; nil else. A bundle that changed does not count.
+func (c *session) due() any {
+	m := c.x509.Load()
+	if m == nil || !closed(m.ctx.Stale()) {
+		return nil
+	}
+	now, _ := c.s.Authority.Bundles()
+	if now.Own != m.ctx.Bundles.Own {
+		return nil
+	}
+	for td, b := range m.ctx.Bundles.Federated {
+		if now.Federated[td] != b {
+			return nil
+		}
+	}
+	return m.ctx
+}
+
+func closed(c <-chan struct{}) bool {
+	select {
+	case <-c:
+		return true
+	default:
+		return false
+	}
+}

@@ -1,0 +1,175 @@
+package endpoint
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
+)
+
+// workloadDesc is the service of the Workload API, which has no package in its
+// name. Its handlers are our own, because what they send is marshalled already.
+var workloadDesc = grpc.ServiceDesc{
+	ServiceName: "SpiffeWorkloadAPI",
+	HandlerType: (*any)(nil),
+	Methods: []grpc.MethodDesc{
+		unary("FetchJWTSVID", (*Server).fetchJWTSVID),
+		unary("ValidateJWTSVID", (*Server).validateJWTSVID),
+	},
+	Streams: []grpc.StreamDesc{
+		stream("FetchX509SVID", (*Server).fetchX509SVID),
+		stream("FetchX509Bundles", (*Server).fetchX509Bundles),
+		stream("FetchJWTBundles", (*Server).fetchJWTBundles),
+		stream("FetchWITSVID", unoffered),
+		stream("FetchWITBundles", unoffered),
+	},
+	Metadata: workload.SpiffeWorkloadAPI_ServiceDesc.Metadata,
+}
+
+func stream(name string, serve func(*Server, context.Context, *link, grpc.ServerStream) error) grpc.StreamDesc {
+	return grpc.StreamDesc{
+		StreamName:    name,
+		ServerStreams: true,
+		Handler: func(srv any, st grpc.ServerStream) error {
+			s, ctx := srv.(*Server), st.Context()
+			l, err := enterWorkload(ctx)
+			if err != nil {
+				return workloadStatus(err)
+			}
+			var in nothing
+			if err := st.RecvMsg(&in); err != nil {
+				return decodeStatus(err)
+			}
+			return s.answer(l, name, serve(s, ctx, l, st))
+		},
+	}
+}
+
+func unary[In, Out any](name string, serve func(*Server, context.Context, *link, *In) (*Out, error)) grpc.MethodDesc {
+	full := &grpc.UnaryServerInfo{FullMethod: "/SpiffeWorkloadAPI/" + name}
+	return grpc.MethodDesc{
+		MethodName: name,
+		Handler: func(srv any, ctx context.Context, decode func(any) error, interceptor grpc.UnaryServerInterceptor) (any, error) {
+			s := srv.(*Server)
+			l, err := enterWorkload(ctx)
+			if err != nil {
+				return nil, workloadStatus(err)
+			}
+			in := new(In)
+			if err := decode(in); err != nil {
+				return nil, decodeStatus(err)
+			}
+			handle := func(ctx context.Context, in any) (any, error) {
+				out, err := serve(s, ctx, l, in.(*In))
+				if err != nil {
+					return nil, s.answer(l, name, err)
+				}
+				return out, nil
+			}
+			if interceptor == nil {
+				return handle(ctx, in)
+			}
+			info := *full
+			info.Server = srv
+			return interceptor(ctx, in, &info, handle)
+		},
+	}
+}
+
+// enterWorkload lets a call in that carries the header against requests which
+// somebody was tricked into forwarding (SPIFFE Workload Endpoint §3).
+func enterWorkload(ctx context.Context) (*link, error) {
+	if v := metadata.ValueFromIncomingContext(ctx, "workload.spiffe.io"); len(v) != 1 || v[0] != "true" {
+		return nil, errHeader
+	}
+	l := linkOf(ctx)
+	if l == nil {
+		return nil, errForeign // not over a listener of ours: nobody is known behind it
+	}
+	return l, nil
+}
+
+func unoffered(*Server, context.Context, *link, grpc.ServerStream) error {
+	return status.Error(codes.Unimplemented, "WIT-SVIDs are not offered")
+}
+
+// answer turns the end of a call into a status, and logs why it was denied.
+func (s *Server) answer(l *link, method string, err error) error {
+	if err == nil {
+		return nil
+	}
+	st := workloadStatus(err)
+	switch status.Code(st) {
+	case codes.PermissionDenied, codes.ResourceExhausted:
+		s.logDenial(l, method, err)
+	case codes.Unavailable:
+		if !moved(err) && !errors.Is(err, errStopping) {
+			s.logDenial(l, method, err)
+		}
+	case codes.Internal:
+		s.Log.Error("workload could not be served", "method", method, "pid", l.Process().PID(), "uid", l.uid, "error", err)
+	}
+	return st
+}
+
+// logDenial writes one line, rarely enough that a client that asks in a loop
+// does not fill the log.
+func (s *Server) logDenial(l *link, method string, err error) {
+	a := l.seat.account()
+	if !a.denials.Allow() {
+		a.unsaid.Add(1)
+		return
+	}
+	args := []any{"method", method, "pid", l.Process().PID(), "uid", l.uid, "reason", err}
+	if n := a.unsaid.Swap(0); n > 0 {
+		args = append(args, "unsaid", n)
+	}
+	s.Log.Info("workload denied", args...)
+}
+
+func (s *Server) countStream(srv any, st grpc.ServerStream, _ *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+	l := linkOf(st.Context())
+	if l == nil {
+		return workloadStatus(errForeign)
+	}
+	a := l.seat.account()
+	if err := s.budget.stream(a); err != nil {
+		return s.answer(l, "stream", err)
+	}
+	defer s.budget.end(a)
+	return handler(srv, st)
+}
+
+func (s *Server) countUnary(ctx context.Context, in any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+	l := linkOf(ctx)
+	if l == nil {
+		return nil, workloadStatus(errForeign)
+	}
+	a := l.seat.account()
+	if err := s.budget.stream(a); err != nil {
+		return nil, s.answer(l, "call", err)
+	}
+	defer s.budget.end(a)
+	return handler(ctx, in)
+}
+
+// A pause grows from try to try, with jitter, so that what a runtime could not
+// say once is not asked for by everybody at the same moment.
+type pause struct{ last time.Duration }
+
+const (
+	shortestPause = 500 * time.Millisecond
+	longestPause  = 30 * time.Second
+)
+
+func (p *pause) next() time.Duration {
+	p.last = min(max(2*p.last, shortestPause), longestPause)
+	return jitter(p.last)
+}
+
+func (p *pause) reset() { p.last = 0 }

@@ -1,0 +1,289 @@
+package endpoint
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/deputy-id/deputy/svid"
+	"github.com/deputy-id/deputy/svid/registry"
+)
+
+// An x509Message is a snapshot as its streams send it.
+type x509Message struct {
+	ctx  *svid.X509Context
+	view *view
+	body encoded
+}
+
+// A state is what a client has, or is to be sent: the full state, and what
+// makes it old.
+type state struct {
+	body    encoded
+	view    *view
+	svids   []svid.X509     // X.509 streams only
+	stale   <-chan struct{} // SVIDs or bundles
+	entries <-chan struct{}
+	again   bool // something is unknown: ask again after a while
+}
+
+// fetchX509SVID is one loop: identify, send, wait, and back to identify.
+func (s *Server) fetchX509SVID(ctx context.Context, l *link, st grpc.ServerStream) error {
+	return s.stream(ctx, l, st, s.x509State)
+}
+
+// stream sends states until the client or its process leaves, or there is
+// nothing to serve any more.
+func (s *Server) stream(ctx context.Context, l *link, st grpc.ServerStream, next func(context.Context, *link, *state) (*state, error)) error {
+	var (
+		has   *state // what the client has
+		delay pause
+		timer *time.Timer // stopped, or nil, while nothing is unknown
+	)
+	defer func() {
+		if timer != nil {
+			timer.Stop()
+		}
+	}()
+	for {
+		now, err := next(ctx, l, has)
+		switch {
+		case err == nil:
+			if has == nil || !bytes.Equal(now.body, has.body) {
+				if err := st.SendMsg(now.body); err != nil {
+					return err
+				}
+			}
+			has = now
+		case has == nil || !passing(err):
+			return err
+		case !has.lives(time.Now()):
+			return later(err)
+		default:
+			// The client keeps what it has while that lives; what could not be
+			// found out is not held against it.
+			_, has.entries = s.Registry.Set()
+			has.stale, has.again = nil, true
+		}
+		var again <-chan time.Time
+		if has.again {
+			d := delay.next()
+			if end := has.expires(); !end.IsZero() {
+				d = min(d, max(time.Until(end), 0)+time.Millisecond)
+			}
+			if timer == nil {
+				timer = time.NewTimer(d)
+			} else {
+				timer.Reset(d)
+			}
+			again = timer.C
+		} else {
+			delay.reset()
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-l.session.proc.Done():
+			return s.check(l)
+		case <-s.stopping:
+			return errStopping
+		case <-has.stale:
+		case <-has.entries:
+		case <-again:
+		}
+	}
+}
+
+// later is an error for a client that had an identity until now: whatever the
+// reason that it has none, it may come back for it.
+func later(err error) error {
+	if code(err) == code(errUnknown) {
+		return err
+	}
+	return fmt.Errorf("%w: %v", errUnknown, err)
+}
+
+// expires is when the first of the SVIDs ends, zero if there is none.
+func (st *state) expires() time.Time {
+	var first time.Time
+	for _, x := range st.svids {
+		if end := x.Chain[0].NotAfter; first.IsZero() || end.Before(first) {
+			first = end
+		}
+	}
+	return first
+}
+
+func (st *state) lives(now time.Time) bool {
+	end := st.expires()
+	return end.IsZero() || now.Before(end)
+}
+
+// x509State returns the SVIDs that the process is entitled to now, and those
+// that it had and that the evidence neither confirms nor denies.
+func (s *Server) x509State(ctx context.Context, l *link, has *state) (*state, error) {
+	v, entries, err := s.identify(ctx, l, s.because(l, has))
+	if err != nil {
+		return nil, err
+	}
+	kept := v.unsettled(has, time.Now())
+	verdict := v.verdict()
+	if verdict != nil && len(kept) == 0 {
+		if has != nil && verdict == errTraced {
+			verdict = later(verdict) // it was served, and is hidden from only while it is traced
+		}
+		return nil, verdict
+	}
+	next := &state{view: v, entries: entries, again: len(v.Unknown) > 0 || len(kept) > 0}
+	if verdict == nil {
+		if err := s.charge(ctx, l, v, has != nil); err != nil {
+			return nil, err
+		}
+		snapshot, err := s.Keeper.X509(ctx, l.session.holder, v.Entries)
+		if err != nil {
+			return nil, err
+		}
+		next.stale = snapshot.Stale()
+		if len(kept) == 0 {
+			next.svids = snapshot.SVIDs
+			next.body, err = l.session.x509Body(snapshot, v)
+			return next, err
+		}
+		next.svids = v.merge(snapshot.SVIDs, kept)
+		next.body, err = encodeX509(next.svids, snapshot.Bundles)
+		return next, err
+	}
+	bundles, stale := s.Authority.Bundles()
+	next.stale, next.svids = stale, kept
+	next.body, err = encodeX509(kept, bundles)
+	return next, err
+}
+
+// because says what makes kept evidence too old for a stream: an SVID that is
+// due, or an answer that was missing in the evidence itself.
+func (s *Server) because(l *link, has *state) any {
+	if due := l.session.due(); due != nil {
+		return due
+	}
+	return nil
+}
+
+// charge takes what the issuing costs from the budget, if there is anything
+// to issue.
+func (s *Server) charge(ctx context.Context, l *link, v *view, wait bool) error {
+	if m := l.session.x509.Load(); m != nil && m.view == v && !closed(m.ctx.Stale()) {
+		return nil
+	}
+	return l.seat.account().mint(ctx, len(v.Entries), wait)
+}
+
+// unsettled returns the SVIDs of a state that are neither confirmed nor ruled
+// out: their entry is still there, every selector of it is held or unknown, and
+// they have not expired. They stay with the client; they are not renewed.
+func (v *view) unsettled(has *state, now time.Time) []svid.X509 {
+	if has == nil || len(v.Unknown) == 0 && !v.Traced {
+		return nil
+	}
+	return slices.DeleteFunc(slices.Clone(has.svids), func(x svid.X509) bool {
+		if slices.ContainsFunc(v.Entries, func(e registry.Entry) bool { return e.ID == x.Entry.ID }) {
+			return true
+		}
+		e, ok := v.set.Entry(x.Entry.ID)
+		if !ok || e.Revision != x.Entry.Revision || !now.Before(x.Chain[0].NotAfter) {
+			return true
+		}
+		open := v.ev.Traced && !e.AllowTraced
+		for _, sel := range e.Selectors {
+			switch {
+			case v.ev.Has(sel):
+			case v.ev.MayHave(sel):
+				open = true
+			default:
+				return true
+			}
+		}
+		return !open && len(v.Unknown) == 0 // a template may still hang on what is unknown
+	})
+}
+
+// merge puts SVIDs into serving order.
+func (v *view) merge(a, b []svid.X509) []svid.X509 {
+	place := make(map[string]int)
+	for i, e := range v.set.Entries() {
+		place[e.ID] = i
+	}
+	all := slices.Concat(a, b)
+	slices.SortStableFunc(all, func(x, y svid.X509) int { return place[x.Entry.ID] - place[y.Entry.ID] })
+	return all
+}
+
+// x509Body returns the message for a snapshot: made once, whatever the number
+// of streams.
+func (c *session) x509Body(snapshot *svid.X509Context, v *view) (encoded, error) {
+	if m := c.x509.Load(); m != nil && m.ctx == snapshot && m.view == v {
+		return m.body, nil
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if m := c.x509.Load(); m != nil && m.ctx == snapshot && m.view == v {
+		return m.body, nil
+	}
+	body, err := encodeX509(snapshot.SVIDs, snapshot.Bundles)
+	if err != nil {
+		return nil, err
+	}
+	if m := c.x509.Load(); m != nil && bytes.Equal(m.body, body) {
+		body = m.body // streams go on sharing the bytes that they hold already
+	}
+	if !closed(c.proc.Done()) { // else nobody would drop the keys
+		c.x509.Store(&x509Message{ctx: snapshot, view: v, body: body})
+	}
+	return body, nil
+}
+
+var deterministic = proto.MarshalOptions{Deterministic: true}
+
+func encodeX509(svids []svid.X509, bundles *svid.Bundles) (encoded, error) {
+	if bundles == nil || bundles.Own == nil {
+		return nil, svid.ErrNotReady
+	}
+	out := &workload.X509SVIDResponse{Svids: make([]*workload.X509SVID, 0, len(svids))}
+	for _, x := range svids {
+		key, err := x.KeyDER()
+		if err != nil {
+			return nil, fmt.Errorf("encode key of %s: %w", x.Entry.SPIFFEID, err)
+		}
+		out.Svids = append(out.Svids, &workload.X509SVID{
+			SpiffeId:    x.Entry.SPIFFEID.String(),
+			X509Svid:    x.ChainDER(),
+			X509SvidKey: key,
+			Bundle:      bundles.Own.DER(),
+			Hint:        x.Entry.Hint,
+		})
+		for _, td := range x.Entry.FederatesWith {
+			if b, ok := bundles.Federated[td]; ok {
+				if out.FederatedBundles == nil {
+					out.FederatedBundles = make(map[string][]byte)
+				}
+				out.FederatedBundles[td.IDString()] = b.DER()
+			}
+		}
+	}
+	body, err := deterministic.Marshal(out)
+	if err != nil {
+		return nil, fmt.Errorf("encode X.509-SVIDs: %w", err)
+	}
+	return body, nil
+}
+
+// jitter changes a time by up to a tenth.
+func jitter(d time.Duration) time.Duration {
+	return d + time.Duration((rand.Float64()-0.5)*0.2*float64(d))
+}

@@ -10,6 +10,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -43,12 +44,13 @@ type Conn struct {
 	leaving atomic.Bool // nothing but the GOAWAY is written any more
 }
 
-// message is one recvmsg: what is received, and from whom.
+// message is one recvmsg: what is received, and from whom. It is part of the
+// Conn, and spelt out, since the library's recvmsg allocates at each call.
 type message struct {
-	into    []byte
+	header  unix.Msghdr
+	vector  unix.Iovec
 	control [controlLen]byte
-	n, oobn int
-	flags   int
+	n       int
 	err     error
 }
 
@@ -130,9 +132,10 @@ func (c *Conn) Read(b []byte) (int, error) {
 // readMessage reads from the socket. The caller has readMu.
 func (c *Conn) readMessage(b []byte) (int, error) {
 	m := &c.incoming
-	m.into = b
+	m.vector.Base = &b[0]
+	m.vector.SetLen(len(b))
 	err := c.raw.Read(c.receive)
-	m.into = nil
+	m.vector.Base = nil
 	switch {
 	case err != nil:
 		return 0, err
@@ -150,12 +153,19 @@ func (c *Conn) readMessage(b []byte) (int, error) {
 // receive is called by the poller whenever there may be something to read.
 func (m *message) receive(fd uintptr) bool {
 	for {
-		m.n, m.oobn, m.flags, _, m.err = unix.Recvmsg(int(fd), m.into, m.control[:], unix.MSG_CMSG_CLOEXEC|unix.MSG_DONTWAIT)
-		switch m.err {
+		m.header = unix.Msghdr{Iov: &m.vector, Control: &m.control[0]}
+		m.header.SetIovlen(1)
+		m.header.SetControllen(controlLen)
+		n, _, errno := unix.Syscall(unix.SYS_RECVMSG, fd, uintptr(unsafe.Pointer(&m.header)), unix.MSG_CMSG_CLOEXEC|unix.MSG_DONTWAIT)
+		switch errno {
+		case 0:
+			m.n, m.err = int(n), nil
+			return true
 		case unix.EINTR:
 		case unix.EAGAIN:
 			return false
 		default:
+			m.n, m.err = 0, errno
 			return true
 		}
 	}
@@ -165,10 +175,10 @@ func (m *message) receive(fd uintptr) bool {
 // A sender may name any of its own real, effective and saved IDs in it; the
 // kernel sees to the PID.
 func (c *Conn) sentByPeer(m *message) error {
-	if m.flags&unix.MSG_CTRUNC != 0 {
+	if m.header.Flags&unix.MSG_CTRUNC != 0 {
 		return fmt.Errorf("%w: it brings more than credentials", ErrForeignMessage)
 	}
-	pid, uid, gid, err := parseUcred(m.control[:m.oobn])
+	pid, uid, gid, err := parseUcred(m.control[:m.header.Controllen])
 	if err != nil {
 		return err
 	}

@@ -15,7 +15,7 @@ import (
 // ordinary user under Yama), the kernel's socket table tells whether it is the
 // other end of this connection.
 func (c *Conn) leadsHere(fd int, link string) (bool, error) {
-	ours, err := c.process.connectedToUs(fd)
+	ours, err := c.process.connectedTo(fd, c.LocalAddr().String())
 	if err == nil || errors.Is(err, ErrGone) {
 		return ours, err
 	}
@@ -26,9 +26,9 @@ func (c *Conn) leadsHere(fd int, link string) (bool, error) {
 	return link == fmt.Sprintf("socket:[%d]", peer), nil
 }
 
-// connectedToUs takes a copy of a descriptor of the process and asks who
-// listened at its other end.
-func (p *Process) connectedToUs(fd int) (bool, error) {
+// connectedTo takes a copy of a descriptor of the process and asks whether we
+// listened, at this address, at its other end.
+func (p *Process) connectedTo(fd int, addr string) (bool, error) {
 	var ours bool
 	err := p.use(func() error {
 		dup, err := unix.PidfdGetfd(p.pidfd, fd, 0)
@@ -40,10 +40,18 @@ func (p *Process) connectedToUs(fd int) (bool, error) {
 		}
 		defer unix.Close(dup)
 		cred, err := unix.GetsockoptUcred(dup, unix.SOL_SOCKET, unix.SO_PEERCRED)
-		if err != nil {
-			return nil // not of the Unix family
+		if err != nil || int(cred.Pid) != os.Getpid() {
+			return nil // of another family, or another's
 		}
-		ours = int(cred.Pid) == os.Getpid()
+		peer, err := unix.Getpeername(dup)
+		if errors.Is(err, unix.ENOTCONN) {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("ask for peer's address: %w", err)
+		}
+		name, ok := peer.(*unix.SockaddrUnix)
+		ours = ok && name.Name == addr
 		return nil
 	})
 	return ours, err

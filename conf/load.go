@@ -322,6 +322,8 @@ func (l *loader) entryPath(b *hclsyntax.Block) Setting[string] {
 	switch {
 	case path == "":
 		l.problems.Add(at, "an entry's name is the path of its SPIFFE ID, such as \"/agent/x\"")
+	case path[0] != '/':
+		l.problems.Add(at, "path %q does not begin with a slash", path)
 	case len(l.c.TrustDomain.Value.IDString())+len(path) > maxID && !strings.Contains(path, "{{"):
 		l.problems.Add(at, "the SPIFFE ID is longer than %d bytes", maxID)
 	case !strings.Contains(path, "{{"):

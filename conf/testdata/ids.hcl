@@ -20,3 +20,6 @@ entry "spiffe://example.com/agent" {
 entry "spiffe://example.org.evil/agent" {
   selectors = ["unix:uid:1"]
 }
+entry "{{unix.user}}" {
+  selectors = ["unix:uid:1"]
+}

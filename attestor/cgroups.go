@@ -132,25 +132,20 @@ func (c *Cgroups) look(v1 bool, path string) (directory, error) {
 		return directory{}, fmt.Errorf("stat cgroup %q: %w", path, err)
 	}
 	d := directory{closed: c.ours(&st)}
-	threads := "cgroup.threads"
+	d.guarded = true
+	files := []string{"cgroup.procs"}
 	if v1 {
-		threads = "tasks"
+		files = []string{"cgroup.procs", "tasks"}
 	}
-	if d.gate, err = c.oursAt(fd, "cgroup.procs"); err != nil {
-		return directory{}, fmt.Errorf("stat cgroup.procs of cgroup %q: %w", path, err)
+	for _, name := range files {
+		var file unix.Stat_t
+		if err := unix.Fstatat(fd, name, &file, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+			return directory{}, fmt.Errorf("stat %s of cgroup %q: %w", name, path, err)
+		}
+		d.guarded = d.guarded && c.ours(&file)
 	}
-	if d.guarded, err = c.oursAt(fd, threads); err != nil {
-		return directory{}, fmt.Errorf("stat %s of cgroup %q: %w", threads, path, err)
-	}
-	d.guarded = d.guarded && d.gate
 	d.delegated = c.delegated(fd, st.Uid)
 	return d, nil
-}
-
-func (c *Cgroups) oursAt(dir int, name string) (bool, error) {
-	var st unix.Stat_t
-	err := unix.Fstatat(dir, name, &st, unix.AT_SYMLINK_NOFOLLOW)
-	return err == nil && c.ours(&st), err
 }
 
 // ours reports whether only root, or who counts as root, may write to the file.

@@ -68,8 +68,7 @@ const (
 // A directory is what the checks want to know of one cgroup directory.
 type directory struct {
 	closed    bool // only root may make directories in it
-	guarded   bool // only root may move a process into it, going by its own files
-	gate      bool // only root may move a process between it, or what is below it, and elsewhere below it
+	guarded   bool // only root may write to the files in it that move processes
 	delegated delegation
 }
 
@@ -101,17 +100,24 @@ func walk(line cgroupLine, dirs directories) (Place, error) {
 	if line.path == "/" {
 		return place, nil
 	}
+	names := strings.Split(line.path[1:], "/")
+	if line.v1 {
+		// On v1 whoever may write to a directory's tasks gets in, from
+		// anywhere: one such on the way, however deep, and nothing above it
+		// says how the process came there.
+		if kept, err := guarded(names, dirs); err != nil || !kept {
+			return place, err
+		}
+	}
 	parent, err := dirs.look(line.v1, "/")
 	if err != nil {
 		return Place{}, err
 	}
-	names := strings.Split(line.path[1:], "/")
 	// On v2 who moves a process needs the right to write to cgroup.procs of the
-	// common ancestor too. While every directory so far keeps others out there,
-	// nobody gets in from outside, whatever the last one's own files permit.
-	gated := parent.gate
+	// common ancestor as well. So a directory's own files do not matter, and all
+	// those above it do.
 	for i, name := range names {
-		if !parent.closed || !printable(name) {
+		if !parent.closed || !parent.guarded || !printable(name) {
 			break
 		}
 		at := "/" + strings.Join(names[:i+1], "/")
@@ -119,16 +125,13 @@ func walk(line cgroupLine, dirs directories) (Place, error) {
 		if err != nil {
 			return Place{}, err
 		}
-		if !dir.guarded && (line.v1 || !gated) {
-			break
-		}
 		place.Trusted = at
 		if c := containerAt(names[:i+1]); c != nil {
 			c.Dir, c.FromV1 = at, line.v1
 			place.Container = c
 			place.own("container:" + c.ID)
 			place.nameUnit(name) // docker-ID.scope is a unit as well
-			break
+			break                // what is below is named inside of it
 		}
 		switch {
 		case strings.HasSuffix(name, ".slice"):
@@ -146,15 +149,24 @@ func walk(line cgroupLine, dirs directories) (Place, error) {
 		case delegatedToSome:
 			return place, nil // what is below is named by whom it was given to
 		case delegatedToUs:
-			// This is our own manager's tree: the units that mean something
+			// Our own service manager's tree: the units that mean something
 			// to its user are the ones below.
 			place.Unit, place.Slice, place.Owner = "", "", ""
-			place.Container = nil
 		}
-		gated = gated && dir.gate
 		parent = dir
 	}
 	return place, nil
+}
+
+// guarded reports whether only root may enter any directory of a v1 path.
+func guarded(names []string, dirs directories) (bool, error) {
+	for i := range names {
+		dir, err := dirs.look(true, "/"+strings.Join(names[:i+1], "/"))
+		if err != nil || !dir.guarded {
+			return false, err
+		}
+	}
+	return true, nil
 }
 
 func (p *Place) own(by string) {

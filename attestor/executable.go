@@ -33,8 +33,8 @@ type Executables struct {
 	host    *Host
 	maxSize int64
 
-	lookups turnstile[uint32] // by UID: paths being opened
-	hashes  turnstile[uint32] // by UID: files being read
+	lookups turnstile[string] // by client: paths being opened
+	hashes  turnstile[string] // by client: files being read
 	shared  digests
 
 	mu     sync.Mutex
@@ -86,15 +86,11 @@ func (e *Executables) lookOnce(ctx context.Context, p *peer.Process, digest bool
 	if err != nil {
 		return executable{}, err
 	}
-	info, err := p.Info()
-	if err != nil {
-		return executable{}, err
-	}
 	im := e.image(p, g)
 	var x executable
-	x.path, x.pathErr = e.path(ctx, im, info.UID)
+	x.path, x.pathErr = e.path(ctx, im)
 	if digest {
-		x.sum, x.sumErr = e.digest(ctx, im, info.UID)
+		x.sum, x.sumErr = e.digest(ctx, im)
 	}
 	if err := g.Current(); err != nil {
 		return executable{}, err
@@ -176,15 +172,15 @@ const deleted = " (deleted)"
 
 // path returns the program's path on the host, or none. A path may lead into a
 // file system whose server does not answer, so it is walked in a goroutine that
-// ends when the kernel lets it, one for each UID at a time.
-func (e *Executables) path(ctx context.Context, im *image, uid uint32) (string, error) {
+// ends when the kernel lets it, one for each client at a time.
+func (e *Executables) path(ctx context.Context, im *image) (string, error) {
 	im.mu.Lock()
 	path := im.path
 	im.mu.Unlock()
 	if path != "" {
 		return path, nil
 	}
-	leave, err := e.lookups.enter(ctx, uid)
+	leave, err := e.lookups.enter(ctx, client(im.process))
 	if err != nil {
 		return "", fmt.Errorf("wait to confirm path of executable: %w", err)
 	}
@@ -206,6 +202,19 @@ func (e *Executables) path(ctx context.Context, im *image, uid uint32) (string, 
 	case <-ctx.Done():
 		return "", fmt.Errorf("confirm path of executable: %w", context.Cause(ctx))
 	}
+}
+
+// client names whose share a process's files are read on: that of its container,
+// unit or user slice, else of its user.
+func client(p *peer.Process) string {
+	if place, err := PlaceOf(p); err == nil {
+		return place.Owner
+	}
+	info, err := p.Info()
+	if err != nil {
+		return "" // it has ended; it shares with others that have
+	}
+	return "uid:" + decimal(info.UID)
 }
 
 func (e *Executables) confirm(im *image) (string, error) {
@@ -242,14 +251,14 @@ type digesting struct {
 }
 
 // digest returns the SHA-256 of the program's file, or none if it is too large.
-func (e *Executables) digest(ctx context.Context, im *image, uid uint32) (string, error) {
+func (e *Executables) digest(ctx context.Context, im *image) (string, error) {
 	im.mu.Lock()
 	d := im.digest
 	if d == nil {
 		d = &digesting{done: make(chan struct{})}
 		im.digest = d
 		im.process.Hold()
-		go e.runDigest(im, d, uid)
+		go e.runDigest(im, d)
 	}
 	im.mu.Unlock()
 	select {
@@ -260,7 +269,7 @@ func (e *Executables) digest(ctx context.Context, im *image, uid uint32) (string
 	}
 }
 
-func (e *Executables) runDigest(im *image, d *digesting, uid uint32) {
+func (e *Executables) runDigest(im *image, d *digesting) {
 	defer im.process.Close()
 	ctx, cancel := context.WithTimeout(context.Background(), maxDigestTime)
 	defer cancel()
@@ -273,7 +282,7 @@ func (e *Executables) runDigest(im *image, d *digesting, uid uint32) {
 		case <-stop:
 		}
 	}()
-	d.sum, d.err = e.sum(ctx, im, uid)
+	d.sum, d.err = e.sum(ctx, im)
 	if d.err != nil { // the next caller tries again
 		im.mu.Lock()
 		im.digest = nil
@@ -282,9 +291,10 @@ func (e *Executables) runDigest(im *image, d *digesting, uid uint32) {
 	close(d.done)
 }
 
-func (e *Executables) sum(ctx context.Context, im *image, uid uint32) (string, error) {
+func (e *Executables) sum(ctx context.Context, im *image) (string, error) {
 	// To open a file can take as long as to read it, where a server stands behind it.
-	leave, err := e.lookups.enter(ctx, uid)
+	by := client(im.process)
+	leave, err := e.lookups.enter(ctx, by)
 	if err != nil {
 		return "", err
 	}
@@ -303,7 +313,7 @@ func (e *Executables) sum(ctx context.Context, im *image, uid uint32) (string, e
 		return hex.EncodeToString(sum[:]), nil
 	}
 
-	leave, err = e.hashes.enter(ctx, uid)
+	leave, err = e.hashes.enter(ctx, by)
 	if err != nil {
 		return "", err
 	}

@@ -292,11 +292,7 @@ func TestDigestThatTakesTooLongIsUnknownAndGoesOn(t *testing.T) {
 	b.want(p, "unix:path", "/usr/bin/cat")
 	b.demand.ExecutableDigest = true
 
-	info, err := p.Info()
-	if err != nil {
-		t.Fatal(err)
-	}
-	leave, err := b.executables.hashes.enter(context.Background(), info.UID)
+	leave, err := b.executables.hashes.enter(context.Background(), client(p))
 	if err != nil {
 		t.Fatal(err)
 	}

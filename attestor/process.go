@@ -2,7 +2,6 @@ package attestor
 
 import (
 	"context"
-	"errors"
 
 	"github.com/deputy-id/deputy/attestor/peer"
 )
@@ -87,9 +86,9 @@ func (a *Process) onHost(p *peer.Process) (bool, error) {
 	if shares, err := a.host.shares(p); !shares || err != nil {
 		return false, err
 	}
-	contained, err := inContainer(p)
-	return !contained && err == nil, err
+	place, err := PlaceOf(p)
+	if err != nil {
+		return false, err
+	}
+	return place.Container == nil, nil
 }
-
-// inContainer reports whether the process's cgroup is a container's.
-var inContainer = func(*peer.Process) (bool, error) { return false, errors.New("place is unknown") }

@@ -46,6 +46,33 @@ func TestLineage(t *testing.T) {
 	b.want(p, "process:parent_sha256", digestOfFile(t, launcher))
 }
 
+func TestHost(t *testing.T) {
+	needRoot(t)
+	cases := []struct {
+		name string
+		attr *syscall.SysProcAttr
+		want []string
+	}{
+		{"on the host", nil, []string{"true"}},
+		{"another user", &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 1, Gid: 1}}, []string{"true"}},
+		{"network of its own", &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}, []string{"true"}},
+		{"mounts of its own", &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS}, nil},
+		{"PIDs of its own", &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWPID}, nil},
+		{"cgroups of its own", &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWCGROUP}, nil},
+		{"users of its own", &syscall.SysProcAttr{
+			Cloneflags:  syscall.CLONE_NEWUSER,
+			UidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: 0, Size: 1}},
+			GidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: 0, Size: 1}},
+		}, nil},
+	}
+	for _, c := range cases {
+		t.Run(c.name, func(t *testing.T) {
+			b := newBench(t)
+			b.want(b.open(cat(t, c.attr)), "process:host", c.want...)
+		})
+	}
+}
+
 func TestOrphanHasNoParent(t *testing.T) {
 	b := newBench(t)
 	dir := t.TempDir()
@@ -133,8 +160,8 @@ func TestDeepLineageIsCutOff(t *testing.T) {
 	path := copyTo(t, filepath.Join(t.TempDir(), "link"))
 	p := b.open(start(t, path, nil, chainEnv+"=34").self)
 	got := b.values(p, "process:ancestor_path")
-	if len(got) != maxAncestors || slices.ContainsFunc(got, func(s string) bool { return s != path }) {
-		t.Errorf("got %d ancestors %q, want %d times %q", len(got), got, maxAncestors, path)
+	if len(got) != 32 || slices.ContainsFunc(got, func(s string) bool { return s != path }) {
+		t.Errorf("got %d ancestors %q, want 32 times %q", len(got), got, path)
 	}
 }
 
@@ -164,11 +191,7 @@ func TestUnknownProgramOfParentIsUnknownLineage(t *testing.T) {
 	b.want(p, "unix:path", filepath.Join(filepath.Dir(b.values(p, "process:parent_path")[0]), "agent"))
 
 	fresh := NewExecutables(b.host, 0) // which has not confirmed the parent yet
-	info, err := p.Info()
-	if err != nil {
-		t.Fatal(err)
-	}
-	leave, err := fresh.lookups.enter(context.Background(), info.UID)
+	leave, err := fresh.lookups.enter(context.Background(), client(p))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,0 +1,129 @@
+package local
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"golang.org/x/sys/unix"
+
+	"github.com/deputy-id/deputy/internal/durable"
+	"github.com/deputy-id/deputy/svid"
+)
+
+const federatedFile = "federated.json"
+
+// errReadOnly is no reason to refuse a file that can be read.
+var errReadOnly = unix.EROFS
+
+type federatedJSON struct {
+	Format      int                        `json:"format"`
+	TrustDomain string                     `json:"trust_domain"`
+	Bundles     map[string]json.RawMessage `json:"trust_domains"` // in SPIFFE's format
+}
+
+// SetFederated stores and publishes the bundle of another trust domain in the
+// place of the one there is.
+func (a *Authority) SetFederated(b *svid.Bundle) error {
+	if b.TrustDomain == a.o.TrustDomain {
+		return fmt.Errorf("set bundle of %s: %w", b.TrustDomain, ErrOwnTrustDomain)
+	}
+	err := a.changeFederated(func(m map[spiffeid.TrustDomain]*svid.Bundle) error {
+		m[b.TrustDomain] = b
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("set bundle of %s: %w", b.TrustDomain, err)
+	}
+	return nil
+}
+
+// DeleteFederated forgets the bundle of another trust domain; ErrNotFederated
+// says that there is none.
+func (a *Authority) DeleteFederated(td spiffeid.TrustDomain) error {
+	err := a.changeFederated(func(m map[spiffeid.TrustDomain]*svid.Bundle) error {
+		if _, ok := m[td]; !ok {
+			return ErrNotFederated
+		}
+		delete(m, td)
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("delete bundle of %s: %w", td, err)
+	}
+	return nil
+}
+
+// changeFederated publishes a change once it is stored.
+func (a *Authority) changeFederated(change func(map[spiffeid.TrustDomain]*svid.Bundle) error) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	published, _ := a.published.Load()
+	next := maps.Clone(published.Federated)
+	if err := change(next); err != nil {
+		return err
+	}
+	if a.o.DataDir != "" {
+		data, err := encodeFederated(next, a.o.TrustDomain)
+		if err != nil {
+			return err
+		}
+		if err := durable.WriteFile(a.path(federatedFile), data, 0o600); err != nil {
+			return err
+		}
+	}
+	a.published.Store(&svid.Bundles{Own: published.Own, Federated: next})
+	return nil
+}
+
+func encodeFederated(m map[spiffeid.TrustDomain]*svid.Bundle, td spiffeid.TrustDomain) ([]byte, error) {
+	j := federatedJSON{Format: stateFormat, TrustDomain: td.Name(), Bundles: make(map[string]json.RawMessage)}
+	for td, b := range m {
+		data, err := b.Marshal()
+		if err != nil {
+			return nil, err
+		}
+		j.Bundles[td.Name()] = data
+	}
+	return json.MarshalIndent(j, "", "  ")
+}
+
+// readFederated returns what the file holds, or nothing if there is none.
+func readFederated(path string, td spiffeid.TrustDomain) (map[spiffeid.TrustDomain]*svid.Bundle, error) {
+	data, err := readFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return map[spiffeid.TrustDomain]*svid.Bundle{}, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read federated bundles: %w", err)
+	}
+	m, err := decodeFederated(data, td)
+	if err != nil {
+		return nil, fmt.Errorf("read federated bundles: %s: %w", path, err)
+	}
+	return m, nil
+}
+
+func decodeFederated(data []byte, own spiffeid.TrustDomain) (map[spiffeid.TrustDomain]*svid.Bundle, error) {
+	var j federatedJSON
+	if err := decodeStrict(data, &j); err != nil {
+		return nil, err
+	}
+	if err := checkOrigin(j.Format, j.TrustDomain, own); err != nil {
+		return nil, err
+	}
+	m := make(map[spiffeid.TrustDomain]*svid.Bundle)
+	for name, doc := range j.Bundles {
+		td, err := spiffeid.TrustDomainFromString(name)
+		if err != nil || td == own {
+			return nil, fmt.Errorf("damaged: trust domain %q", name)
+		}
+		if m[td], err = svid.ParseBundle(td, doc); err != nil {
+			return nil, fmt.Errorf("damaged: %w", err)
+		}
+	}
+	return m, nil
+}

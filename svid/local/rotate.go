@@ -1,0 +1,154 @@
+package local
+
+import (
+	"bytes"
+	"context"
+	"crypto"
+	"crypto/x509"
+	"fmt"
+	"maps"
+	"slices"
+	"time"
+
+	"github.com/deputy-id/deputy/internal/durable"
+	"github.com/deputy-id/deputy/svid"
+)
+
+const (
+	// lookAgain is how often Run looks at the clock even if nothing is due:
+	// timers see neither a jump of the wall clock nor a suspended machine.
+	lookAgain = time.Minute
+	// retryAfter a rotation that failed.
+	retryAfter = 10 * time.Second
+	// maxHint is the longest that verifiers are told to wait between two looks
+	// at the bundle.
+	maxHint = 5 * time.Minute
+)
+
+// Run rotates the keys as they fall due, until the context ends.
+func (a *Authority) Run(ctx context.Context) error {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-timer.C:
+		case <-a.rotated:
+		}
+		now := time.Now()
+		wait := retryAfter
+		if err := a.rotate(now); err != nil {
+			a.log.Warn("key rotation failed, signing with the keys there are", "error", err, "retry_in", wait)
+		} else {
+			a.mu.Lock()
+			wait = min(max(a.state.next().Sub(now.Round(0)), time.Millisecond), lookAgain)
+			a.mu.Unlock()
+		}
+		timer.Reset(wait)
+	}
+}
+
+// rotate takes whatever steps are due. What it makes is stored first, then
+// published, and only then signs; when storing fails all stays as it was.
+func (a *Authority) rotate(now time.Time) error {
+	now = now.Round(0) // certificates and files know the wall clock alone
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	next := *a.state
+	var failed error
+	for _, k := range []struct {
+		name  string
+		slots *slots
+		make  func(time.Time) (*slot, error)
+	}{{"X.509", &next.X509, a.makeCA}, {"JWT", &next.JWT, a.makeJWTKey}} {
+		forced, err := k.slots.step(now, k.make)
+		if err != nil && failed == nil {
+			failed = fmt.Errorf("rotate %s key: %w", k.name, err)
+		}
+		if forced {
+			a.log.Warn("no key of before can sign, using a new one at once", "kind", k.name)
+		}
+	}
+	if next.X509.Active == nil || next.JWT.Active == nil {
+		return failed
+	}
+	if !sameAuthorities(a.bundle(a.state), a.bundle(&next)) {
+		next.Sequence++
+	}
+	if next.equal(a.state) {
+		return failed
+	}
+	if a.stored() {
+		data, err := next.encode(a.o.TrustDomain)
+		if err != nil {
+			return err
+		}
+		if err := durable.WriteFile(a.path(stateFile), data, 0o600); err != nil {
+			return err
+		}
+	}
+	if err := a.use(&next); err != nil {
+		return err
+	}
+	a.log.Info("keys rotated", "sequence", next.Sequence,
+		"ca_ends", next.X509.Active.Expires, "jwt_key", next.JWT.Active.ID)
+	select {
+	case a.rotated <- struct{}{}:
+	default:
+	}
+	return failed
+}
+
+// use publishes and signs with a state that is stored. The caller holds mu, or
+// is Open.
+func (a *Authority) use(s *state) error {
+	issuer, err := svid.NewIssuer(svid.IssuerOptions{
+		TrustDomain: a.o.TrustDomain,
+		CAKey:       s.X509.Active.key,
+		CAChain:     s.X509.Active.chain,
+		JWTKey:      s.JWT.Active.key,
+		JWTKeyID:    s.JWT.Active.ID,
+		JWTUntil:    s.JWT.Active.Expires,
+		JWTIssuer:   a.o.JWTIssuer,
+	})
+	if err != nil {
+		return err
+	}
+	published, _ := a.published.Load()
+	if own := published.Own; own == nil || own.Sequence != s.Sequence {
+		a.published.Store(&svid.Bundles{Own: a.bundle(s), Federated: published.Federated})
+	}
+	a.state = s
+	a.signing.Store(&signing{issuer: issuer, x509: s.X509.Active, jwt: s.JWT.Active})
+	return nil
+}
+
+// bundle is what the state publishes: the roots of every key that signs, will
+// sign, or has signed something that is alive.
+func (a *Authority) bundle(s *state) *svid.Bundle {
+	b := &svid.Bundle{
+		TrustDomain:    a.o.TrustDomain,
+		Sequence:       s.Sequence,
+		JWTAuthorities: make(map[string]crypto.PublicKey),
+		RefreshHint:    min(max(a.o.CATTL/10, time.Second), maxHint).Truncate(time.Second),
+	}
+	for _, c := range s.X509.all() {
+		for _, root := range c.roots {
+			if !slices.ContainsFunc(b.X509Authorities, root.Equal) {
+				b.X509Authorities = append(b.X509Authorities, root)
+			}
+		}
+	}
+	for _, k := range s.JWT.all() {
+		b.JWTAuthorities[k.ID] = k.pub
+	}
+	slices.SortFunc(b.X509Authorities, func(x, y *x509.Certificate) int { return bytes.Compare(x.Raw, y.Raw) })
+	return b
+}
+
+// sameAuthorities compares JWT keys by their IDs, which are digests of them.
+func sameAuthorities(a, b *svid.Bundle) bool {
+	return slices.EqualFunc(a.X509Authorities, b.X509Authorities, (*x509.Certificate).Equal) &&
+		maps.EqualFunc(a.JWTAuthorities, b.JWTAuthorities, func(crypto.PublicKey, crypto.PublicKey) bool { return true })
+}

@@ -1,0 +1,164 @@
+package local
+
+import (
+	"crypto"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/base64"
+	"fmt"
+	"slices"
+	"time"
+)
+
+const (
+	// backdate is how far before its making a key is valid. It is generous,
+	// so that a clock set back by less forces no new key, which verifiers
+	// elsewhere would not know yet.
+	backdate = time.Hour
+	// lastResort is the part of a key's life at whose end the next key signs
+	// even if it was not published for long: the daemon was off meanwhile.
+	lastResort = 60
+)
+
+// A slot is one key and its times. It is immutable.
+type slot struct {
+	ID      string        // of a JWT key
+	key     crypto.Signer // nil in one that signs no more
+	pub     crypto.PublicKey
+	chain   []*x509.Certificate // of a CA: its certificate, then those up to the root, without it
+	roots   []*x509.Certificate // of a CA: what it is verified with
+	Created time.Time
+	Expires time.Time
+}
+
+func (s *slot) start() time.Time { return s.Created.Add(-backdate) }
+
+func (s *slot) usable(now time.Time) bool {
+	return s.key != nil && !now.Before(s.start()) && now.Before(s.Expires)
+}
+
+func (s *slot) life() time.Duration { return s.Expires.Sub(s.Created) }
+
+// prepareAt is when the next key is to be made.
+func (s *slot) prepareAt() time.Time { return s.Created.Add(s.life() / 2) }
+
+// activateAt is when next is to sign instead of s: at five sixths of the life
+// of s, and a third of that life after it was published. One that was made
+// late waits as long as s can still sign.
+func (s *slot) activateAt(next *slot) time.Time {
+	at := s.Created.Add(s.life() / 6 * 5)
+	if published := next.Created.Add(s.life() / 3); published.After(at) {
+		at = published
+	}
+	if last := s.Expires.Add(-s.life() / lastResort); last.Before(at) {
+		at = last
+	}
+	return at
+}
+
+// retired is the slot without its private key.
+func (s *slot) retired() *slot {
+	r := *s
+	r.key = nil
+	return &r
+}
+
+// slots are the keys of one kind.
+type slots struct {
+	Active   *slot // signs
+	Prepared *slot // published, signs next
+	Old      []*slot
+}
+
+func (s *slots) all() []*slot {
+	var all []*slot
+	for _, x := range append([]*slot{s.Active, s.Prepared}, s.Old...) {
+		if x != nil {
+			all = append(all, x)
+		}
+	}
+	return all
+}
+
+// step does what is due at the time, and reports whether it had to let a key
+// sign that nobody knows yet, because those of before cannot. What fails to be
+// made is left for the next step; the rest is done.
+func (s *slots) step(now time.Time, make func(time.Time) (*slot, error)) (forced bool, err error) {
+	s.Old = slices.DeleteFunc(slices.Clone(s.Old), func(o *slot) bool { return !now.Before(o.Expires) })
+	retire := func(o *slot) {
+		if o != nil && now.Before(o.Expires) {
+			s.Old = append(s.Old, o.retired())
+		}
+	}
+	// A clock that was set back by more than the backdate finds keys that are
+	// not valid yet. They stay in the bundle, for what they signed.
+	if s.Prepared != nil && !s.Prepared.usable(now) {
+		retire(s.Prepared)
+		s.Prepared = nil
+	}
+	if s.Active != nil && !s.Active.usable(now) {
+		next := s.Prepared
+		if next == nil {
+			if next, err = make(now); err != nil {
+				return false, err
+			}
+			forced = true
+		}
+		retire(s.Active)
+		s.Active, s.Prepared = next, nil
+	}
+	if s.Active == nil {
+		if s.Active, err = make(now); err != nil {
+			return forced, err
+		}
+	}
+	if s.Prepared == nil && !now.Before(s.Active.prepareAt()) {
+		next, err := make(now)
+		if err != nil {
+			return forced, err
+		}
+		if !next.Expires.After(s.Active.Expires) {
+			return forced, fmt.Errorf("a new key would end at %s, no later than the one it follows", next.Expires.Format(time.RFC3339))
+		}
+		s.Prepared = next
+	}
+	if s.Prepared != nil && !now.Before(s.Active.activateAt(s.Prepared)) {
+		retire(s.Active)
+		s.Active, s.Prepared = s.Prepared, nil
+	}
+	return forced, nil
+}
+
+// next is when the next step is due.
+func (s *slots) next() time.Time {
+	at := s.Active.prepareAt()
+	if s.Prepared != nil {
+		at = s.Active.activateAt(s.Prepared)
+	}
+	for _, o := range s.Old {
+		if o.Expires.Before(at) {
+			at = o.Expires
+		}
+	}
+	return at
+}
+
+func (s *slots) equal(o *slots) bool {
+	same := func(a, b *slot) bool {
+		if a == nil || b == nil {
+			return a == b
+		}
+		return a.ID == b.ID && (a.key == nil) == (b.key == nil)
+	}
+	return same(s.Active, o.Active) && same(s.Prepared, o.Prepared) && slices.EqualFunc(s.Old, o.Old, same)
+}
+
+// keyID names a public key by its digest.
+func keyID(pub crypto.PublicKey) (string, error) {
+	der, err := x509.MarshalPKIXPublicKey(pub)
+	if err != nil {
+		return "", err
+	}
+	sum := sha256.Sum256(der)
+	return base64.RawURLEncoding.EncodeToString(sum[:20]), nil
+}

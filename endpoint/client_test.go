@@ -1,0 +1,146 @@
+package endpoint
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"testing"
+
+	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
+)
+
+// client is the test binary as another process: it opens a stream on the
+// socket of its environment, prints a line for each message, and holds the
+// stream until its standard input ends.
+func client() int {
+	c, err := grpc.NewClient("unix://"+os.Getenv("ENDPOINT_TEST_CLIENT"), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		fmt.Println("dial", err)
+		return 1
+	}
+	ctx := metadata.AppendToOutgoingContext(context.Background(), "workload.spiffe.io", "true")
+	st, err := workload.NewSpiffeWorkloadAPIClient(c).FetchX509SVID(ctx, &workload.X509SVIDRequest{})
+	if err != nil {
+		fmt.Println("open", err)
+		return 1
+	}
+	go func() {
+		io.Copy(io.Discard, os.Stdin)
+		os.Exit(0)
+	}()
+	for {
+		r, err := st.Recv()
+		if err != nil {
+			fmt.Println(status.Code(err))
+			return 1
+		}
+		fmt.Println(ids(r))
+	}
+}
+
+type process struct {
+	*exec.Cmd
+	in  io.Closer
+	out *bufio.Scanner
+}
+
+func (w *world) process() *process {
+	w.t.Helper()
+	cmd := exec.Command(os.Args[0])
+	cmd.Env = append(os.Environ(), "ENDPOINT_TEST_CLIENT="+w.socket)
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		w.t.Fatal(err)
+	}
+	w.t.Cleanup(func() {
+		in.Close()
+		cmd.Wait()
+	})
+	return &process{cmd, in, bufio.NewScanner(out)}
+}
+
+func (p *process) says(t testing.TB, want string) {
+	t.Helper()
+	if !p.out.Scan() {
+		t.Fatalf("the client ended, want %q", want)
+	}
+	if got := p.out.Text(); got != want {
+		t.Fatalf("the client got %q, want %q", got, want)
+	}
+}
+
+func TestTwoProcessesShareNoKey(t *testing.T) {
+	w := start(t)
+	w.entry("/a", nil, mine)
+	p := w.process()
+	p.says(t, "[/a]")
+	r := recv(t, x509Stream(t, w.workloadAPI()), "/a")
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if len(w.sessions) != 2 {
+		t.Fatalf("got %d sessions, want one for each process", len(w.sessions))
+	}
+	keys := 0
+	for _, s := range w.sessions {
+		var has workload.X509SVIDResponse
+		if err := unmarshal(s.x509.Load().body, &has); err != nil {
+			t.Fatal(err)
+		}
+		if string(has.Svids[0].X509SvidKey) == string(r.Svids[0].X509SvidKey) {
+			keys++
+		}
+	}
+	if keys != 1 {
+		t.Errorf("%d processes have the key of this one, want itself alone", keys)
+	}
+}
+
+func TestExitDropsSessionAndStreams(t *testing.T) {
+	w := start(t)
+	w.entry("/a", nil, mine)
+	p := w.process()
+	p.says(t, "[/a]")
+	w.mu.Lock()
+	var s *session
+	for _, s = range w.sessions {
+	}
+	w.mu.Unlock()
+	p.in.Close()
+	<-s.proc.Done()
+	p.Wait()
+	eventually(t, "the session is dropped", func() bool {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		return len(w.sessions) == 0
+	})
+	eventually(t, "its streams and connections are given back", func() bool {
+		w.budget.mu.Lock()
+		defer w.budget.mu.Unlock()
+		return w.budget.conns == 0 && w.budget.streams.Load() == 0
+	})
+}
+
+func TestStopEndsStreams(t *testing.T) {
+	w := start(t)
+	w.entry("/a", nil, mine)
+	st := x509Stream(t, w.workloadAPI())
+	recv(t, st, "/a")
+	w.Server.stop()
+	_, err := st.Recv()
+	wantCode(t, err, codes.Unavailable)
+}

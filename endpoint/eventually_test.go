@@ -1,0 +1,20 @@
+package endpoint
+
+import (
+	"testing"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+)
+
+func unmarshal(b encoded, m proto.Message) error { return proto.Unmarshal(b, m) }
+
+// eventually waits for what another goroutine or process does.
+func eventually(t testing.TB, what string, holds func() bool) {
+	t.Helper()
+	for end := time.Now().Add(5 * time.Second); !holds(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("waited in vain: %s", what)
+		}
+	}
+}

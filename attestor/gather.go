@@ -72,18 +72,19 @@ func (s *source) ask(ctx context.Context, p *peer.Process) answer {
 		}()
 		a.selectors, a.err = s.Attestor.Attest(ctx, held)
 	}()
+	var a answer
 	select {
-	case a := <-came:
-		if a.err == nil {
-			s.slowUntil.Store(0)
-		}
-		return a
+	case a = <-came:
 	case <-ctx.Done():
-		if patience == gatherFor {
-			s.slowUntil.Store(time.Now().Add(slowFor).UnixNano())
-		}
-		return answer{err: ctx.Err()}
+		a = answer{err: ctx.Err()}
 	}
+	switch {
+	case a.err == nil:
+		s.slowUntil.Store(0)
+	case ctx.Err() != nil && patience == gatherFor:
+		s.slowUntil.Store(time.Now().Add(slowFor).UnixNano())
+	}
+	return a
 }
 
 func (s *source) begin(id uint64) bool {

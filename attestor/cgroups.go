@@ -23,8 +23,8 @@ type Cgroups struct {
 	trusted          []uint32 // UIDs that count as root
 }
 
-// NewCgroups finds the v2 hierarchy and v1's name=systemd.
-func NewCgroups() (*Cgroups, error) {
+// OpenCgroups finds the v2 hierarchy and v1's name=systemd.
+func OpenCgroups() (*Cgroups, error) {
 	text, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
 		return nil, fmt.Errorf("read mounts: %w", err)
@@ -55,7 +55,7 @@ func (c *Cgroups) Trusting(uid uint32) *Cgroups {
 	return &view
 }
 
-var ownCgroups = sync.OnceValues(NewCgroups)
+var ownCgroups = sync.OnceValues(OpenCgroups)
 
 // PlaceOf is Place on hierarchies that are found once.
 func PlaceOf(p *peer.Process) (Place, error) {

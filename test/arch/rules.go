@@ -88,9 +88,10 @@ func violations(pkgs []pkg) []string {
 				}
 			}
 		}
-		// A test may use any foreign module, and what its package may.
+		// A test may use any foreign module, what serves tests, and what its
+		// package may.
 		for _, imp := range p.Tests {
-			if local, ours := strings.CutPrefix(imp, module+"/"); ours && local != p.Path {
+			if local, ours := strings.CutPrefix(imp, module+"/"); ours && local != p.Path && !strings.HasPrefix(local, "test/") {
 				if why := refused(p.Path, imp); why != "" {
 					add("%s imports %s in a test: %s", p.Path, imp, why)
 				}
@@ -123,8 +124,10 @@ func refused(path, imp string) string {
 		return ""
 	}
 	switch {
-	case strings.HasPrefix(local, "cmd/"), strings.HasPrefix(local, "test/"):
-		return "nothing may import a program or a test"
+	case strings.HasPrefix(local, "cmd/"):
+		return "nothing may import a program"
+	case strings.HasPrefix(local, "test/") && !strings.HasPrefix(path, "test/"):
+		return "only tests may"
 	case isFree(path):
 		return ""
 	case strings.HasPrefix(local, "internal/") && !strings.HasPrefix(path, "internal/") && !strings.HasPrefix(path, "proto/"):

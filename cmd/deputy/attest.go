@@ -1,0 +1,85 @@
+package main
+
+import (
+	"fmt"
+	"strconv"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	adminv1 "github.com/deputy-id/deputy/proto/deputy/admin/v1"
+)
+
+type attested struct {
+	PID       int32     `json:"pid"`
+	Selectors []string  `json:"selectors"`
+	Unknown   []unknown `json:"unknown"`
+	Traced    bool      `json:"traced"`
+	SPIFFEIDs []string  `json:"spiffe_ids"`
+}
+
+type unknown struct {
+	Prefixes []string `json:"prefixes"`
+	Reason   string   `json:"reason"`
+}
+
+func newAttest(out *output) *cobra.Command {
+	var e endpoints
+	cmd := &cobra.Command{
+		Use:   "attest PID",
+		Short: "Print the selectors that a process has",
+		Long: `Attests a process as if it had connected and prints its selectors, one a line,
+sorted. What could not be determined, and the SPIFFE IDs that the process is
+entitled to, go to standard error.`,
+		Example: "  sudo deputy attest $$",
+		Args:    cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			pid, err := strconv.ParseInt(args[0], 10, 32)
+			if err != nil || pid <= 0 {
+				return usage(fmt.Errorf("%q is no PID", args[0]))
+			}
+			c, err := e.operator()
+			if err != nil {
+				return err
+			}
+			defer c.Close()
+			ctx, cancel := e.deadline(cmd.Context())
+			defer cancel()
+			resp, err := adminv1.NewAdminClient(c).AttestProcess(ctx, &adminv1.AttestProcessRequest{Pid: int32(pid)})
+			if err != nil {
+				return c.fail(err)
+			}
+			a := attested{PID: int32(pid), Selectors: []string{}, Unknown: []unknown{}, Traced: resp.Traced, SPIFFEIDs: resp.SpiffeIds}
+			for _, s := range resp.Selectors {
+				a.Selectors = append(a.Selectors, s.Type+":"+s.Value)
+			}
+			for _, u := range resp.Unknown {
+				a.Unknown = append(a.Unknown, unknown{u.Prefixes, u.Reason})
+			}
+			if a.SPIFFEIDs == nil {
+				a.SPIFFEIDs = []string{}
+			}
+			if out.json() {
+				return out.value(a)
+			}
+			notes := cmd.ErrOrStderr()
+			for _, s := range a.Selectors {
+				if _, err := fmt.Fprintln(out.w, plain(s)); err != nil {
+					return err
+				}
+			}
+			for _, u := range a.Unknown {
+				fmt.Fprintf(notes, "unknown: %s: %s\n", strings.Join(u.Prefixes, " "), plain(u.Reason))
+			}
+			if a.Traced {
+				fmt.Fprintln(notes, "traced: a tracer is attached")
+			}
+			for _, id := range a.SPIFFEIDs {
+				fmt.Fprintf(notes, "entitled to: %s\n", id)
+			}
+			return nil
+		},
+	}
+	e.flags(cmd)
+	return cmd
+}

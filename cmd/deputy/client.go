@@ -1,0 +1,112 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/spf13/cobra"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/metadata"
+)
+
+// maxMessage is the largest answer that is taken: a list of a hundred thousand
+// entries fits.
+const maxMessage = 256 << 20
+
+// endpoints are the flags of a command that talks to the daemon.
+type endpoints struct {
+	socket, admin string
+	timeout       time.Duration
+}
+
+func (e *endpoints) flags(cmd *cobra.Command) {
+	f := cmd.PersistentFlags()
+	f.StringVar(&e.socket, "socket", "", "`path` of the Workload API socket (else $SPIFFE_ENDPOINT_SOCKET)")
+	f.StringVar(&e.admin, "admin-socket", "", "`path` of the admin socket (else $DEPUTY_ADMIN_SOCKET)")
+	f.DurationVar(&e.timeout, "timeout", 30*time.Second, "give up after this `time`")
+}
+
+// workload connects to the Workload API.
+func (e *endpoints) workload() (*client, error) {
+	path, err := workloadPlace.find(e.socket)
+	if err != nil {
+		return nil, err
+	}
+	return dial(path)
+}
+
+// operator connects to the admin socket.
+func (e *endpoints) operator() (*client, error) {
+	path, err := adminPlace.find(e.admin)
+	if err != nil {
+		return nil, err
+	}
+	return dial(path)
+}
+
+// deadline bounds a call that has one answer.
+func (e *endpoints) deadline(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(withHeader(ctx), e.timeout)
+}
+
+// withHeader adds what the Workload API asks of each call (Workload Endpoint §6).
+func withHeader(ctx context.Context) context.Context {
+	return metadata.AppendToOutgoingContext(ctx, "workload.spiffe.io", "true")
+}
+
+// A client is a connection to one of the daemon's sockets.
+type client struct {
+	*grpc.ClientConn
+	path string
+
+	mu     sync.Mutex
+	failed error // of the last attempt to connect, nil when it succeeded
+}
+
+func dial(path string) (*client, error) {
+	c := &client{path: path}
+	conn, err := grpc.NewClient("passthrough:///deputy",
+		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithContextDialer(c.connect),
+		grpc.WithAuthority("localhost"),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage)),
+	)
+	if err != nil {
+		return nil, err
+	}
+	c.ClientConn = conn
+	return c, nil
+}
+
+func (c *client) connect(ctx context.Context, _ string) (net.Conn, error) {
+	var d net.Dialer
+	conn, err := d.DialContext(ctx, "unix", c.path)
+	c.mu.Lock()
+	c.failed = err
+	c.mu.Unlock()
+	return conn, err
+}
+
+// fail turns the error of a call into an unreachableError where the daemon
+// could not be reached at all.
+func (c *client) fail(err error) error {
+	if err == nil || code(err) != codes.Unavailable {
+		return err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.failed == nil {
+		return err
+	}
+	failed := c.failed
+	var op *net.OpError
+	if errors.As(failed, &op) {
+		failed = op.Err
+	}
+	return &unreachableError{c.path, failed}
+}

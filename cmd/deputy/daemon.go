@@ -1,0 +1,178 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+
+	"github.com/hashicorp/go-hclog"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/deputy-id/deputy/attestor"
+	"github.com/deputy-id/deputy/attestor/peer"
+	"github.com/deputy-id/deputy/conf"
+	"github.com/deputy-id/deputy/endpoint"
+	"github.com/deputy-id/deputy/svid"
+	"github.com/deputy-id/deputy/svid/local"
+	"github.com/deputy-id/deputy/svid/registry"
+)
+
+// database is the file of API entries in data_dir.
+const database = "entries.db"
+
+// A daemon joins the stages of the pipeline as its settings say.
+type daemon struct {
+	file     string
+	settings *settings // those that are in force; after the start, of the reload's goroutine
+	log      hclog.Logger
+	store    *registry.Store
+}
+
+// run serves until the context ends. What it opens it closes, the last first.
+func (d *daemon) run(ctx context.Context) (err error) {
+	var opened []func() error
+	defer func() {
+		for i := len(opened) - 1; i >= 0; i-- {
+			err = errors.Join(err, opened[i]())
+		}
+	}()
+	c := d.settings.Config
+	for _, w := range d.settings.warnings {
+		d.log.Warn("doubtful configuration", "at", position(w), "reason", w.Reason)
+	}
+
+	group, err := adminGroup(c)
+	if err != nil {
+		return err
+	}
+	table, legacy, err := peer.NewTable()
+	if err != nil {
+		return fmt.Errorf("pin processes: %w", err)
+	}
+	opened = append(opened, table.Close)
+	for _, l := range legacy {
+		d.log.Warn("kernel is older than it could be", "instead", l)
+	}
+
+	authority, err := local.Open(ctx, authorityOptions(c, d.log))
+	if err != nil {
+		return err
+	}
+	opened = append(opened, authority.Close)
+	if w := authority.Warning(); w != "" {
+		d.log.Warn("development mode", "reason", w)
+	}
+
+	d.store, err = registry.Open(ctx, filepath.Join(c.DataDir.Value, database), c.TrustDomain.Value, d.log)
+	if err != nil {
+		return err
+	}
+	opened = append(opened, d.store.Close)
+	if err := d.store.ReplaceFile(d.settings.entries); err != nil {
+		return err
+	}
+
+	src, err := newSources(c, table, d.demand, d.log)
+	if err != nil {
+		return err
+	}
+	opened = append(opened, src.Close)
+
+	server := endpoint.New(endpoint.Config{
+		TrustDomain: c.TrustDomain.Value,
+		Attestors:   attestor.NewSet(d.log, d.demand, src.list...),
+		Registry:    d.store,
+		Keeper:      svid.NewKeeper(authority, svid.KeeperOptions{KeyType: svid.KeyType(c.Authority.WorkloadKeyType.Value), Log: d.log}),
+		Authority:   authority,
+		Log:         d.log,
+		Processes:   table,
+		Minter:      authority,
+		Federation:  authority,
+		Names:       src.names,
+		AdminGroup:  group,
+	})
+
+	if err := makeDirs(c, group); err != nil {
+		return err
+	}
+	workload, err := peer.Listen(c.WorkloadSocket.Path.Value, table, peer.Options{Mode: 0o666, Group: -1, Admit: server.Admit})
+	if err != nil {
+		return err
+	}
+	opened = append(opened, closing(workload))
+	mode := os.FileMode(0o600)
+	if group >= 0 {
+		mode = 0o660
+	}
+	admin, err := peer.Listen(c.AdminSocket.Path.Value, table, peer.Options{Mode: mode, Group: group})
+	if err != nil {
+		return err
+	}
+	opened = append(opened, closing(admin))
+	reloads, err := newReloads(d.file)
+	if err != nil {
+		return err
+	}
+	opened = append(opened, reloads.Close)
+
+	work, ctx := errgroup.WithContext(ctx)
+	work.Go(func() error { return server.Run(ctx) })
+	work.Go(func() error { return server.ServeWorkload(workload) })
+	work.Go(func() error { return server.ServeAdmin(admin) })
+	work.Go(func() error { return authority.Run(ctx) })
+	work.Go(func() error { return d.store.Run(ctx) })
+	work.Go(func() error { return d.follow(ctx, reloads) })
+
+	set, _ := d.store.Set()
+	d.log.Info("started", "version", version, "trust_domain", c.TrustDomain.Value.Name(), "entries", set.Len(),
+		"attestors", src.String(), "socket", c.WorkloadSocket.Path.Value, "admin_socket", c.AdminSocket.Path.Value, "data_dir", c.DataDir.Value)
+	d.tell("READY=1")
+	<-ctx.Done()
+	d.log.Info("stopping")
+	d.tell("STOPPING=1")
+	if err := work.Wait(); !errors.Is(err, context.Canceled) {
+		return err
+	}
+	return nil // as it was told
+}
+
+// demand says which costly selectors the entries ask for now.
+func (d *daemon) demand() attestor.Demand {
+	set, _ := d.store.Set()
+	return set.Demand()
+}
+
+func (d *daemon) tell(state string) {
+	if err := notify(state); err != nil {
+		d.log.Warn("service manager was not told", "state", state, "error", err)
+	}
+}
+
+func authorityOptions(c *conf.Config, log hclog.Logger) local.Options {
+	a := c.Authority
+	return local.Options{
+		TrustDomain: c.TrustDomain.Value,
+		DataDir:     c.DataDir.Value,
+		Memory:      a.Keys.Value == conf.Memory,
+		CATTL:       a.CATTL.Value,
+		X509TTL:     a.X509TTL(),
+		JWTTTL:      a.JWTTTL(),
+		KeyType:     svid.KeyType(a.KeyType.Value),
+		JWTIssuer:   a.JWTIssuer.Value,
+		Upstream:    local.Upstream{Cert: a.UpstreamCert.Value, Key: a.UpstreamKey.Value, Bundle: a.UpstreamBundle.Value},
+		Log:         log,
+	}
+}
+
+// closing closes a listener that its server may have closed.
+func closing(l net.Listener) func() error {
+	return func() error {
+		if err := l.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
+			return err
+		}
+		return nil
+	}
+}

@@ -1,0 +1,93 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/user"
+	"path/filepath"
+	"strconv"
+	"syscall"
+
+	"github.com/deputy-id/deputy/conf"
+)
+
+// makeDirs makes the directories of the sockets: the public one for everybody
+// to enter, the private one for us (and the admin group) alone.
+func makeDirs(c *conf.Config, group int) error {
+	public, private := filepath.Dir(c.WorkloadSocket.Path.Value), filepath.Dir(c.AdminSocket.Path.Value)
+	if err := makeDir(public, 0o755, -1); err != nil {
+		return err
+	}
+	mode := os.FileMode(0o700)
+	if group >= 0 {
+		mode = 0o750
+	}
+	return makeDir(private, mode, group)
+}
+
+// makeDir makes a directory with this mode, and its parents so that everybody
+// can pass. One that is there stays as it is, but must not let others replace
+// the socket in it: they could answer in our place.
+func makeDir(dir string, mode os.FileMode, group int) error {
+	info, err := os.Stat(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return createDir(dir, mode, group)
+	}
+	if err != nil {
+		return fmt.Errorf("make directory: %w", err)
+	}
+	if !info.IsDir() {
+		return fmt.Errorf("make directory: %s is none", dir)
+	}
+	owner := info.Sys().(*syscall.Stat_t).Uid
+	if owner != 0 && int(owner) != os.Geteuid() {
+		return fmt.Errorf("directory %s belongs to UID %d, who could put another socket in the place of ours", dir, owner)
+	}
+	if info.Mode().Perm()&0o022 != 0 && info.Mode()&fs.ModeSticky == 0 {
+		return fmt.Errorf("directory %s may be written by others (mode %04o), who could put another socket in the place of ours", dir, info.Mode().Perm())
+	}
+	return nil
+}
+
+func createDir(dir string, mode os.FileMode, group int) error {
+	if parent := filepath.Dir(dir); parent != dir {
+		if _, err := os.Stat(parent); errors.Is(err, fs.ErrNotExist) {
+			if err := createDir(parent, 0o755, -1); err != nil {
+				return err
+			}
+		}
+	}
+	if err := os.Mkdir(dir, mode); err != nil && !errors.Is(err, fs.ErrExist) {
+		return fmt.Errorf("make directory: %w", err)
+	}
+	if group >= 0 {
+		if err := os.Chown(dir, -1, group); err != nil {
+			return fmt.Errorf("make directory: %w", err)
+		}
+	}
+	// The umask has been taken off.
+	if err := os.Chmod(dir, mode); err != nil {
+		return fmt.Errorf("make directory: %w", err)
+	}
+	return nil
+}
+
+// adminGroup is the GID of the group that may administer, -1 for none.
+func adminGroup(c *conf.Config) (int, error) {
+	name := c.AdminSocket.Group
+	if name.Value == "" {
+		return -1, nil
+	}
+	g, err := user.LookupGroup(name.Value)
+	if err != nil {
+		if _, bad := strconv.ParseUint(name.Value, 10, 32); bad == nil {
+			g, err = user.LookupGroupId(name.Value)
+		}
+	}
+	if err != nil {
+		return -1, conf.Problems{{Range: name.Range, Reason: err.Error()}}
+	}
+	return strconv.Atoi(g.Gid)
+}

@@ -1,0 +1,138 @@
+package main
+
+import (
+	"errors"
+	"os"
+	"slices"
+
+	"github.com/deputy-id/deputy/attestor"
+	"github.com/deputy-id/deputy/conf"
+	"github.com/deputy-id/deputy/svid/registry"
+)
+
+// settings are a configuration with its entries as the registry takes them.
+type settings struct {
+	*conf.Config
+	entries  []registry.Entry
+	warnings conf.Problems
+}
+
+// load reads and checks a configuration, all of it; with no file it is the
+// defaults. An error about its content is a conf.Problems.
+func load(file string) (*settings, error) {
+	base, err := conf.Default(os.Geteuid() == 0, os.Getenv)
+	if err != nil || file == "" {
+		return &settings{Config: base}, err
+	}
+	c, warnings, err := conf.Load(file, base)
+	var problems conf.Problems
+	if err != nil && !errors.As(err, &problems) {
+		return nil, err
+	}
+	s := &settings{Config: c, warnings: warnings}
+	if c != nil {
+		problems = append(slices.Clone(problems), s.check()...)
+	}
+	s.warnings.Sort()
+	if len(problems) > 0 {
+		problems.Sort()
+		return s, problems
+	}
+	return s, nil
+}
+
+// check turns the entries into the registry's, and places what attestors and
+// registry have to say about them.
+func (s *settings) check() (problems conf.Problems) {
+	for i := range s.Entries {
+		e := &s.Entries[i]
+		entry, selectorsFine := s.entry(e, &problems)
+		checked, err := entry.Check(s.TrustDomain.Value)
+		var faults registry.Faults
+		if errors.As(err, &faults) {
+			for _, f := range faults {
+				if f.Field == "selectors" && !selectorsFine {
+					continue // said already, at the selector itself
+				}
+				problems.Add(e.At(f.Field), "%s", f.Reason)
+			}
+			continue
+		}
+		if err != nil {
+			problems.Add(e.Range, "%s", err)
+			continue
+		}
+		if !selectorsFine {
+			continue
+		}
+		if why := registry.Weak(checked); why != "" {
+			s.warnings.Add(e.Range, "weak entry: %s", why)
+		}
+		for _, sel := range e.Selectors {
+			if why := s.absent(sel.Value); why != "" {
+				s.warnings.Add(sel.Range, "%s", why)
+			}
+		}
+		s.entries = append(s.entries, checked)
+	}
+	return problems
+}
+
+// entry is an entry of the file as one of the registry's, unchecked but for
+// its selectors.
+func (s *settings) entry(e *conf.Entry, problems *conf.Problems) (entry registry.Entry, selectorsFine bool) {
+	entry = registry.Entry{
+		Path:        e.Path.Value,
+		X509TTL:     e.X509TTL.Value,
+		JWTTTL:      e.JWTTTL.Value,
+		DNSNames:    values(e.DNSNames),
+		Hint:        e.Hint.Value,
+		Audiences:   values(e.Audiences),
+		Instance:    e.Instance.Value,
+		AllowTraced: e.AllowTraced.Value,
+		JWTFresh:    e.JWTFresh.Value,
+		FromFile:    true,
+	}
+	entry.FederatesWith = values(e.FederatesWith)
+	selectorsFine = true
+	for _, text := range e.Selectors {
+		sel, err := attestor.ParseSelector(text.Value)
+		if err == nil {
+			err = attestor.CheckSelector(sel)
+		}
+		if err != nil {
+			problems.Add(text.Range, "%s", err)
+			selectorsFine = false
+			continue
+		}
+		entry.Selectors = append(entry.Selectors, sel)
+	}
+	return entry, selectorsFine
+}
+
+// absent says which attestor a selector needs that the file does not list.
+func (s *settings) absent(selector string) string {
+	sel, err := attestor.ParseSelector(selector)
+	if err != nil {
+		return ""
+	}
+	switch sel.Type {
+	case "docker", "container", "image":
+		if s.Docker == nil {
+			return `nothing gives ` + sel.Type + ` selectors: the file has no attestor "docker"`
+		}
+	case "systemd":
+		if s.Systemd == nil {
+			return `nothing gives systemd selectors: the file has no attestor "systemd"`
+		}
+	}
+	return ""
+}
+
+func values[T any](settings []conf.Setting[T]) []T {
+	var out []T
+	for _, s := range settings {
+		out = append(out, s.Value)
+	}
+	return out
+}

@@ -1,0 +1,57 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+)
+
+func newRun() *cobra.Command {
+	var file string
+	cmd := &cobra.Command{
+		Use:   "run",
+		Short: "Run the daemon",
+		Long: `Runs the daemon in the foreground; it logs to standard error and stops with SIGTERM
+or SIGINT. Without a configuration file it runs with safe defaults: for root in
+/run/deputy and /var/lib/deputy, for another user in that user's own runtime and
+state directories, which is for development only.
+
+SIGHUP, or a change of the file, reloads entries and the log level. A file with
+a mistake changes nothing.`,
+		Example: `  sudo deputy run
+  sudo deputy run --config /etc/deputy/deputy.hcl`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if cmd.Flags().Changed("config") && file == "" {
+				return usage(errors.New("--config names no file"))
+			}
+			if err := harden(); err != nil {
+				return err
+			}
+			s, err := load(file)
+			if err != nil {
+				return located(cmd, err)
+			}
+			ctx, stop := untilStopped(cmd.Context())
+			defer stop()
+			d := &daemon{file: file, settings: s, log: newLog(os.Stderr, s.Config)}
+			return d.run(ctx)
+		},
+	}
+	cmd.Flags().StringVar(&file, "config", "", "configuration `file`")
+	return cmd
+}
+
+// harden makes this process safe to hold keys: no core dump, no tracer but
+// root, and no file that others may read by accident. (The limit of open files
+// is at its maximum already: Go's runtime sees to that.)
+func harden() error {
+	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+		return fmt.Errorf("forbid core dumps: %w", err)
+	}
+	unix.Umask(0o077)
+	return nil
+}

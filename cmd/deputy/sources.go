@@ -1,0 +1,94 @@
+package main
+
+import (
+	"errors"
+	"io/fs"
+	"os"
+	"strings"
+	"syscall"
+
+	"github.com/hashicorp/go-hclog"
+
+	"github.com/deputy-id/deputy/attestor"
+	"github.com/deputy-id/deputy/attestor/container"
+	"github.com/deputy-id/deputy/attestor/peer"
+	"github.com/deputy-id/deputy/conf"
+)
+
+// sources are the attestors that are on.
+type sources struct {
+	list   []attestor.Source
+	names  *attestor.Exec
+	closes []func() error
+}
+
+// newSources turns on unix, process, cgroup and exec always; the rest as the
+// file lists them or, with no file, where root owns their socket on this host.
+func newSources(c *conf.Config, table *peer.Table, demand func() attestor.Demand, log hclog.Logger) (*sources, error) {
+	host, err := attestor.OpenHost()
+	if err != nil {
+		return nil, err
+	}
+	executables := attestor.NewExecutables(host, 0)
+	cgroups, err := attestor.OpenCgroups()
+	if err != nil {
+		return nil, err
+	}
+	s := &sources{names: attestor.NewExec()}
+	s.add("unix", attestor.NewUnix(host, executables, demand), "unix:")
+	s.add("process", attestor.NewProcess(table, host, executables, demand),
+		"process:host:", "process:parent_path:", "process:parent_sha256:", "process:ancestor_path:")
+	s.add("cgroup", attestor.NewCgroup(cgroups), "cgroup:")
+	s.add("exec", s.names, "process:exec:", "process:leader:")
+	return s, s.docker(c, table, log)
+}
+
+func (s *sources) add(name string, a attestor.Attestor, prefixes ...string) {
+	s.list = append(s.list, attestor.Source{Name: name, Prefixes: prefixes, Attestor: a})
+}
+
+func (s *sources) docker(c *conf.Config, table *peer.Table, log hclog.Logger) error {
+	o := container.Options{Table: table, Log: log}
+	switch {
+	case c.Docker != nil:
+		o.Socket, o.Env = c.Docker.Socket.Value, values(c.Docker.Env)
+		if _, err := os.Stat(o.Socket); err != nil {
+			log.Warn("docker is configured but not there: its selectors are unknown until it is", "socket", o.Socket, "error", err)
+		}
+	case c.File == "" && rootOwns(container.DefaultSocket):
+		o.Socket = container.DefaultSocket
+	default:
+		return nil
+	}
+	d, err := container.NewDocker(o)
+	if err != nil {
+		return err
+	}
+	s.list = append(s.list, d.Source())
+	s.closes = append(s.closes, d.Close)
+	return nil
+}
+
+// rootOwns reports whether there is a socket at the path and it is root's. What
+// another user listens on would be a runtime that says what that user likes.
+func rootOwns(path string) bool {
+	info, err := os.Stat(path)
+	return err == nil && info.Mode()&fs.ModeSocket != 0 && info.Sys().(*syscall.Stat_t).Uid == 0
+}
+
+// String lists the attestors by name.
+func (s *sources) String() string {
+	var names []string
+	for _, one := range s.list {
+		names = append(names, one.Name)
+	}
+	return strings.Join(names, " ")
+}
+
+func (s *sources) Close() error {
+	var errs []error
+	for _, c := range s.closes {
+		errs = append(errs, c())
+	}
+	return errors.Join(errs...)
+}

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -101,6 +102,61 @@ func TestPathIsNotRememberedFromAnotherProgram(t *testing.T) {
 	b.want(p, "unix:path", second)
 	r.tell("exec /proc/self/exe") // the file has no name any more, and this is another run of it
 	b.want(p, "unix:path")
+}
+
+func TestPathAndDigestAreOfOneProgram(t *testing.T) {
+	b := newBench(t)
+	dir := t.TempDir()
+	digests := make(map[string]string)
+	for _, name := range []string{"first", "second"} {
+		path := copyTo(t, filepath.Join(dir, name))
+		f, err := os.OpenFile(path, os.O_APPEND|os.O_WRONLY, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := f.WriteString(name); err != nil {
+			t.Fatal(err)
+		}
+		f.Close()
+		digests[path] = digestOfFile(t, path)
+	}
+	r := start(t, filepath.Join(dir, "first"), nil)
+	p := b.open(r.self)
+	u := NewUnix(b.host, b.executables, nil)
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	for range 3 {
+		wg.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				selectors, err := u.Attest(context.Background(), p)
+				if errors.Is(err, ErrGone) {
+					t.Errorf("got %v for a living process", err)
+					return
+				}
+				path, sum := pick(selectors, "unix:path"), pick(selectors, "unix:sha256")
+				if len(path) == 0 || len(sum) == 0 {
+					continue
+				}
+				if digests[path[0]] != sum[0] {
+					t.Errorf("path %q has the digest of another program", path[0])
+				}
+			}
+		})
+	}
+	for i := range 20 {
+		r.tell("exec %s", filepath.Join(dir, []string{"second", "first"}[i%2]))
+	}
+	close(stop)
+	wg.Wait()
+	last := filepath.Join(dir, "first")
+	b.want(p, "unix:path", last)
+	b.demand.ExecutableDigest = true
+	b.want(p, "unix:sha256", digests[last])
 }
 
 func TestNeverConfirmedPathOfDeletedFileIsNone(t *testing.T) {

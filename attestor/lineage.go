@@ -54,8 +54,11 @@ func climb(ctx context.Context, table *peer.Table, executables *Executables, p *
 	var up []ancestor
 	for child := p; len(up) < maxAncestors; {
 		parent, err := openParent(table, child)
-		if parent == nil || err != nil {
+		if err != nil {
 			return up, err
+		}
+		if parent == nil {
+			break
 		}
 		up = append(up, ancestor{process: parent})
 		stop, err := adopts(parent)

@@ -4,7 +4,10 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
+	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"syscall"
@@ -134,6 +137,35 @@ func TestLineageEndsAtForeignUserNamespace(t *testing.T) {
 		GidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: 0, Size: 1}},
 	})
 	p := b.open(agent)
+	b.want(p, "process:parent_path")
+	b.want(p, "process:ancestor_path")
+}
+
+func TestLineageEndsAtParentThatLeftForItsOwnUserNamespace(t *testing.T) {
+	needRoot(t)
+	if _, err := exec.LookPath("unshare"); err != nil {
+		t.Skip("NOT TESTED: needs unshare(1)")
+	}
+	b := newBench(t)
+	c := exec.Command("/bin/sh", "-c", `exec 3<&0; cat <&3 & echo $!; exec unshare -U sh -c 'echo away; exec cat'`)
+	in, err := c.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := c.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { in.Close(); io.Copy(io.Discard, out); c.Wait() })
+	var child int
+	var away string
+	if _, err := fmt.Fscan(out, &child, &away); err != nil || away != "away" {
+		t.Fatalf("unshare said %q (%v)", away, err)
+	}
+	p := b.open(child)
 	b.want(p, "process:parent_path")
 	b.want(p, "process:ancestor_path")
 }

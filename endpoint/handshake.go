@@ -72,12 +72,17 @@ func (h *handshaker) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthIn
 		l.seat.leave()
 		return l.Conn.Close()
 	})
-	if err := h.challenge(l); err != nil {
-		l.Close()
-		return nil, nil, err
-	}
 	l.session = h.s.join(l)
-	if err := h.accept(l); err != nil {
+	err := l.seat.move(l.session.place())
+	if err == nil {
+		err = h.challenge(l)
+	} else {
+		l.GoAway(err.Error())
+	}
+	if err == nil {
+		err = h.accept(l)
+	}
+	if err != nil {
 		l.Close()
 		return nil, nil, err
 	}

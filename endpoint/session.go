@@ -2,9 +2,12 @@ package endpoint
 
 import (
 	"context"
+	"fmt"
 	"slices"
 	"sync"
 	"sync/atomic"
+
+	"google.golang.org/grpc/codes"
 
 	"github.com/deputy-id/deputy/attestor"
 	"github.com/deputy-id/deputy/attestor/peer"
@@ -26,6 +29,8 @@ type session struct {
 	mu      sync.Mutex // guards what follows; held while a message is made, never while one waits
 	links   map[*link]struct{}
 	refresh *refresh
+
+	place func() string // whose budget the process draws on before it is attested; "" if nobody knows
 }
 
 // A view is what a process is entitled to by one evidence and one set of
@@ -60,6 +65,7 @@ func (s *Server) join(l *link) *session {
 			s: s, proc: proc,
 			holder: svid.Holder{ID: proc.ID(), Gone: proc.Done()},
 			links:  make(map[*link]struct{}),
+			place:  sync.OnceValue(func() string { return owner(proc) }),
 		}
 		s.sessions[proc.ID()] = c
 		go c.end()
@@ -68,6 +74,15 @@ func (s *Server) join(l *link) *session {
 	c.links[l] = struct{}{}
 	c.mu.Unlock()
 	return c
+}
+
+// owner looks where the process stands, which takes no runtime's answer.
+func owner(p *peer.Process) string {
+	place, err := attestor.PlaceOf(p)
+	if err != nil {
+		return ""
+	}
+	return place.Owner
 }
 
 func (c *session) leave(l *link) {
@@ -189,15 +204,19 @@ func (s *Server) identify(ctx context.Context, l *link, because any) (*view, <-c
 }
 
 func (s *Server) attest(ctx context.Context, l *link, because any) (*attestor.Evidence, error) {
+	var ev *attestor.Evidence
+	var err error
 	turn := l.seat.account().attesting
 	if because != nil {
-		return l.session.gather(ctx, because, turn)
+		ev, err = l.session.gather(ctx, because, turn)
+	} else if err = enter(ctx, turn); err == nil {
+		ev, err = s.Attestors.Attest(ctx, l.session.proc)
+		<-turn
 	}
-	if err := enter(ctx, turn); err != nil {
-		return nil, err
+	if err != nil && code(err) == codes.Internal {
+		err = fmt.Errorf("%w: %v", errUnknown, err) // the process did not hold still
 	}
-	defer func() { <-turn }()
-	return s.Attestors.Attest(ctx, l.session.proc)
+	return ev, err
 }
 
 // check closes a connection that no longer belongs to the program that opened

@@ -129,7 +129,7 @@ func (st *state) lives(now time.Time) bool {
 // x509State returns the SVIDs that the process is entitled to now, and those
 // that it had and that the evidence neither confirms nor denies.
 func (s *Server) x509State(ctx context.Context, l *link, has *state) (*state, error) {
-	v, entries, err := s.identify(ctx, l, s.because(l, has))
+	v, entries, err := s.identify(ctx, l, l.session.due())
 	if err != nil {
 		return nil, err
 	}
@@ -164,15 +164,6 @@ func (s *Server) x509State(ctx context.Context, l *link, has *state) (*state, er
 	next.stale, next.svids = stale, kept
 	next.body, err = encodeX509(kept, bundles)
 	return next, err
-}
-
-// because says what makes kept evidence too old for a stream: an SVID that is
-// due, or an answer that was missing in the evidence itself.
-func (s *Server) because(l *link, has *state) any {
-	if due := l.session.due(); due != nil {
-		return due
-	}
-	return nil
 }
 
 // charge takes what the issuing costs from the budget, if there is anything

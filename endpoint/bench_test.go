@@ -1,0 +1,146 @@
+package endpoint
+
+import (
+	"context"
+	"net"
+	"path/filepath"
+	"runtime"
+	"testing"
+
+	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/metadata"
+
+	"github.com/deputy-id/deputy/svid/registry"
+)
+
+// bare sends the same bytes as a Server would, to anybody.
+type bare struct {
+	workload.UnimplementedSpiffeWorkloadAPIServer
+	response *workload.X509SVIDResponse
+}
+
+func (b *bare) FetchX509SVID(_ *workload.X509SVIDRequest, st workload.SpiffeWorkloadAPI_FetchX509SVIDServer) error {
+	if err := st.Send(b.response); err != nil {
+		return err
+	}
+	<-st.Context().Done()
+	return nil
+}
+
+func startBare(b *testing.B, r *workload.X509SVIDResponse) string {
+	b.Helper()
+	path := filepath.Join(b.TempDir(), "bare.sock")
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		b.Fatal(err)
+	}
+	s := grpc.NewServer()
+	workload.RegisterSpiffeWorkloadAPIServer(s, &bare{response: r})
+	go s.Serve(l)
+	b.Cleanup(s.Stop)
+	return path
+}
+
+func fetch(ctx context.Context, api workload.SpiffeWorkloadAPIClient) (*workload.X509SVIDResponse, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	st, err := api.FetchX509SVID(ctx, &workload.X509SVIDRequest{})
+	if err != nil {
+		return nil, err
+	}
+	return st.Recv()
+}
+
+func benchmarkCalls(b *testing.B, w *world, path string, call func(context.Context, workload.SpiffeWorkloadAPIClient) error) {
+	api := workload.NewSpiffeWorkloadAPIClient(w.dial(path))
+	ctx := metadata.AppendToOutgoingContext(context.Background(), "workload.spiffe.io", "true")
+	if err := call(ctx, api); err != nil {
+		b.Fatal(err)
+	}
+	b.ReportAllocs()
+	b.SetParallelism(4)
+	b.ResetTimer()
+	b.RunParallel(func(pb *testing.PB) {
+		for pb.Next() {
+			if err := call(ctx, api); err != nil {
+				b.Error(err)
+				return
+			}
+		}
+	})
+}
+
+// The attestors of this package's tests cost nothing: what is measured is all
+// that stands between them and the client.
+func BenchmarkFetchX509SVIDStreamPerCall(b *testing.B) {
+	w := start(b)
+	w.entry("/a", nil, mine)
+	once := func(ctx context.Context, api workload.SpiffeWorkloadAPIClient) error {
+		_, err := fetch(ctx, api)
+		return err
+	}
+	r, err := fetch(call(b), w.workloadAPI())
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Run("deputy", func(b *testing.B) { benchmarkCalls(b, w, w.socket, once) })
+	bare := startBare(b, r)
+	b.Run("bare", func(b *testing.B) { benchmarkCalls(b, w, bare, once) })
+}
+
+func BenchmarkFetchJWTSVID(b *testing.B) {
+	for name, fresh := range map[string]bool{"cached": false, "minted": true} {
+		b.Run(name, func(b *testing.B) {
+			w := start(b)
+			w.entry("/a", func(e *registry.Entry) { e.JWTFresh = fresh }, mine)
+			benchmarkCalls(b, w, w.socket, func(ctx context.Context, api workload.SpiffeWorkloadAPIClient) error {
+				_, err := api.FetchJWTSVID(ctx, &workload.JWTSVIDRequest{Audience: []string{"db"}})
+				return err
+			})
+		})
+	}
+}
+
+// BenchmarkOpenStreams reports what an open stream keeps in memory, client and
+// server together, on connections of a hundred streams.
+func BenchmarkOpenStreams(b *testing.B) {
+	for _, perConn := range []int{1, 100} {
+		b.Run(map[int]string{1: "alone on a connection", 100: "100 on a connection"}[perConn], func(b *testing.B) {
+			w := start(b)
+			w.entry("/a", nil, mine)
+			r, err := fetch(call(b), w.workloadAPI())
+			if err != nil {
+				b.Fatal(err)
+			}
+			for name, path := range map[string]string{"deputy": w.socket, "bare": startBare(b, r)} {
+				b.Run(name, func(b *testing.B) {
+					before := memory()
+					ctx := metadata.AppendToOutgoingContext(b.Context(), "workload.spiffe.io", "true")
+					n := 0
+					for b.Loop() {
+						api := workload.NewSpiffeWorkloadAPIClient(w.dial(path))
+						for range perConn {
+							st, err := api.FetchX509SVID(ctx, &workload.X509SVIDRequest{})
+							if err != nil {
+								b.Fatal(err)
+							}
+							if _, err := st.Recv(); err != nil {
+								b.Fatal(err)
+							}
+							n++
+						}
+					}
+					b.ReportMetric(float64(memory()-before)/1024/float64(n), "KiB/stream")
+				})
+			}
+		})
+	}
+}
+
+func memory() uint64 {
+	var m runtime.MemStats
+	runtime.GC()
+	runtime.ReadMemStats(&m)
+	return m.HeapInuse + m.StackInuse
+}

@@ -351,8 +351,13 @@ func (k *Keeper) sweep(now time.Time) {
 // holds mu.
 func (h *held) current(entries []registry.Entry) *X509Context {
 	c := h.snapshot
-	if c == nil || !slices.EqualFunc(h.given, entries, func(a, b registry.Entry) bool { return sameService(&a, &b) }) {
+	if c == nil || len(h.given) != len(entries) {
 		return nil
+	}
+	for i := range entries {
+		if !sameService(&h.given[i], &entries[i]) {
+			return nil
+		}
 	}
 	select {
 	case <-c.stale:

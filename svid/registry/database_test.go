@@ -80,7 +80,6 @@ func TestBrokenDatabases(t *testing.T) {
 		"cut in the header": data[:50],
 		"cut after a page":  data[:4096],
 		"cut in the middle": data[:len(data)/2],
-		"cut by one byte":   data[:len(data)-1],
 		"text":              []byte("trust_domain = \"example.org\"\n" + strings.Repeat("#", 5000)),
 		"zeroes":            make([]byte, len(data)),
 	} {
@@ -107,6 +106,8 @@ func TestFlippedBitsNeverChangeAnEntry(t *testing.T) {
 			t.Fatalf("byte %d, bit %d", at, bit)
 		}
 	}
+	// The last byte may be one that no entry is in.
+	broken(t, data[:len(data)-1], entries)
 	if refused == 0 {
 		t.Error("no flipped bit was noticed")
 	}

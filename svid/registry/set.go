@@ -314,7 +314,7 @@ func (r *record) render(ev *attestor.Evidence) (Entry, bool) {
 // entry all of whose other selectors it has. That an entry does not allow a
 // traced process does not matter here: what is unknown is never "no".
 func (s *Set) unknown(ev *attestor.Evidence, now time.Time) []string {
-	asked := s.used(ev)
+	asked := s.asked(ev)
 	if len(asked) == 0 {
 		return nil
 	}
@@ -322,58 +322,103 @@ func (s *Set) unknown(ev *attestor.Evidence, now time.Time) []string {
 	for _, sel := range ev.Selectors {
 		has[sel] = struct{}{}
 	}
-	var between, prefixes []string
+	reported := make([]bool, len(asked))
+	between := make([]bool, len(asked))
+	left := len(asked)
 	for _, r := range s.order {
 		if r.path == nil || len(r.Selectors) == 0 || !r.live(now) {
 			continue
 		}
-		between = between[:0]
-		possible := true
-		for _, sel := range r.Selectors {
-			if _, ok := has[sel]; ok {
-				continue
-			}
-			if possible = ev.MayHave(sel); !possible {
-				break
-			}
-			text := sel.String()
-			for _, p := range asked {
-				if strings.HasPrefix(text, p) {
-					between = append(between, p)
-				}
-			}
-		}
-		if !possible {
+		clear(between)
+		if !r.between(asked, has, ev, between) {
 			continue
 		}
-		for _, p := range asked {
-			if r.path.mayDiffer(p) {
-				between = append(between, p)
+		for i, b := range between {
+			if b && !reported[i] {
+				reported[i] = true
+				left--
 			}
 		}
-		for _, p := range between {
-			if !slices.Contains(prefixes, p) {
-				prefixes = append(prefixes, p)
-			}
-		}
-		if len(prefixes) == len(asked) {
+		if left == 0 {
 			break
+		}
+	}
+	var prefixes []string
+	for i, yes := range reported {
+		if yes {
+			prefixes = append(prefixes, asked[i].text)
 		}
 	}
 	slices.Sort(prefixes)
 	return prefixes
 }
 
-// used returns the unknown prefixes of types that some entry needs, each once.
-func (s *Set) used(ev *attestor.Evidence) []string {
-	var asked []string
-	for _, u := range ev.Unknown {
-		for _, p := range u.Prefixes {
-			typ, _, whole := strings.Cut(p, ":")
-			if whole && s.types[typ] == 0 || slices.Contains(asked, p) {
-				continue
+// between marks which of the asked prefixes keep the entry from the process,
+// and reports false where something else does.
+func (r *record) between(asked []prefix, has map[attestor.Selector]struct{}, ev *attestor.Evidence, mark []bool) bool {
+	covered := func(sel attestor.Selector) bool {
+		return slices.ContainsFunc(asked, func(p prefix) bool { return p.covers(sel) })
+	}
+	if r.path.fixed() && !slices.ContainsFunc(r.Selectors, covered) {
+		return false
+	}
+	// What is known comes first: it rules most entries out.
+	for _, sel := range r.Selectors {
+		if !covered(sel) {
+			if _, ok := has[sel]; !ok {
+				return false
 			}
-			asked = append(asked, p)
+		}
+	}
+	for _, sel := range r.Selectors {
+		if _, ok := has[sel]; ok {
+			continue
+		}
+		for i := range asked {
+			mark[i] = mark[i] || asked[i].covers(sel)
+		}
+	}
+	for _, key := range r.path.keys {
+		open := false
+		for i := range asked {
+			if overlap(key, asked[i].text) {
+				open, mark[i] = true, true
+			}
+		}
+		if !open {
+			if _, ok := single(ev.Selectors, key); !ok {
+				return false
+			}
+		}
+	}
+	return true
+}
+
+// A prefix is what Unknown says of selectors, cut where a Selector is.
+type prefix struct{ text, typ, value string }
+
+func (p *prefix) covers(s attestor.Selector) bool {
+	if p.typ == "" { // without a colon, which no attestor gives
+		return strings.HasPrefix(s.String(), p.text)
+	}
+	return s.Type == p.typ && strings.HasPrefix(s.Value, p.value)
+}
+
+// asked returns the unknown prefixes of types that some entry needs, each once.
+func (s *Set) asked(ev *attestor.Evidence) []prefix {
+	var asked []prefix
+	for _, u := range ev.Unknown {
+		for _, text := range u.Prefixes {
+			p := prefix{text: text}
+			if typ, value, ok := strings.Cut(text, ":"); ok {
+				p.typ, p.value = typ, value
+				if s.types[typ] == 0 {
+					continue
+				}
+			}
+			if !slices.Contains(asked, p) {
+				asked = append(asked, p)
+			}
 		}
 	}
 	return asked

@@ -160,6 +160,10 @@ func TestMatch(t *testing.T) {
 			has:     []string{"unix:uid:1", "docker:label:a:b", "?docker:label:"},
 			unknown: []string{"docker:label:"},
 		},
+		"a template without a value is not kept back": {
+			entries: []Entry{entry(t, "/{{unix.user}}", "docker:label:a:b")},
+			has:     []string{"?docker:"},
+		},
 		"an expired entry is not kept back": {
 			entries: []Entry{func() Entry { e := expired; e.Selectors = selectors(t, "docker:label:a:b"); return e }()},
 			has:     []string{"?docker:"},

@@ -3,6 +3,7 @@ package registry
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -109,13 +110,11 @@ func (t *template) fixed() bool { return len(t.keys) == 0 }
 // mayDiffer reports whether an unknown selector could give a place of the
 // template a value, or a second one.
 func (t *template) mayDiffer(prefix string) bool {
-	for _, k := range t.keys {
-		if strings.HasPrefix(k, prefix) || strings.HasPrefix(prefix, k) {
-			return true
-		}
-	}
-	return false
+	return slices.ContainsFunc(t.keys, func(key string) bool { return overlap(key, prefix) })
 }
+
+// overlap reports whether some selector begins with both.
+func overlap(a, b string) bool { return strings.HasPrefix(a, b) || strings.HasPrefix(b, a) }
 
 // render fills the places in. It fails where a selector is missing or there
 // is a choice, since an identity must not depend on which one came first.

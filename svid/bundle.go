@@ -81,7 +81,18 @@ func FromSPIFFE(s *spiffebundle.Bundle) *Bundle {
 
 // Marshal returns the bundle in SPIFFE's format: a JWK Set with
 // spiffe_sequence and spiffe_refresh_hint.
-func (b *Bundle) Marshal() ([]byte, error) { return b.SPIFFE().Marshal() }
+func (b *Bundle) Marshal() ([]byte, error) {
+	if len(b.X509Authorities)+len(b.JWTAuthorities) > 0 {
+		return b.SPIFFE().Marshal()
+	}
+	// go-spiffe writes null for no keys, which nobody may read: a bundle that
+	// trusts nobody has an empty array (SPIFFE Trust Domain and Bundle §4.1.3).
+	return json.Marshal(struct {
+		Keys     []int  `json:"keys"`
+		Sequence uint64 `json:"spiffe_sequence,omitempty"`
+		Hint     int64  `json:"spiffe_refresh_hint,omitempty"`
+	}{Keys: []int{}, Sequence: b.Sequence, Hint: int64(b.RefreshHint / time.Second)})
+}
 
 // ParseBundle reads SPIFFE's format. Keys for a use that it does not know are
 // left out; a document without keys is an error, while an empty list of them

@@ -8,16 +8,12 @@ import (
 	"maps"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"golang.org/x/sys/unix"
 
 	"github.com/deputy-id/deputy/internal/durable"
 	"github.com/deputy-id/deputy/svid"
 )
 
 const federatedFile = "federated.json"
-
-// errReadOnly is no reason to refuse a file that can be read.
-var errReadOnly = unix.EROFS
 
 type federatedJSON struct {
 	Format      int                        `json:"format"`
@@ -66,11 +62,15 @@ func (a *Authority) changeFederated(change func(map[spiffeid.TrustDomain]*svid.B
 	if err := change(next); err != nil {
 		return err
 	}
+	data, err := encodeFederated(next, a.o.TrustDomain)
+	if err != nil {
+		return err
+	}
+	// A bundle that could not be read again would stop the next start.
+	if _, err := decodeFederated(data, a.o.TrustDomain); err != nil {
+		return err
+	}
 	if a.o.DataDir != "" {
-		data, err := encodeFederated(next, a.o.TrustDomain)
-		if err != nil {
-			return err
-		}
 		if err := durable.WriteFile(a.path(federatedFile), data, 0o600); err != nil {
 			return err
 		}

@@ -77,7 +77,11 @@ func readState(path string, td spiffeid.TrustDomain) (*state, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read keys: %s: %w", path, err)
 	}
-	if err := os.Chmod(path, 0o600); err != nil && !errors.Is(err, errReadOnly) {
+	info, err := os.Stat(path)
+	if err == nil && info.Mode().Perm()&0o077 != 0 {
+		err = os.Chmod(path, 0o600)
+	}
+	if err != nil {
 		return nil, fmt.Errorf("read keys: %w", err)
 	}
 	return s, nil

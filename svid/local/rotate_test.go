@@ -1,0 +1,488 @@
+package local
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+
+	"github.com/deputy-id/deputy/internal/durable"
+	"github.com/deputy-id/deputy/svid"
+)
+
+// issued is an SVID of each kind, and when they end.
+type issued struct {
+	chain       []*x509.Certificate
+	token       svid.Token
+	x509Expires time.Time
+}
+
+// At every moment of a week, what is alive verifies by the bundle of now and
+// by every bundle that is not older than a third of the CA's life.
+func TestRotationNeverLeavesALiveSVIDUnverifiable(t *testing.T) {
+	for name, o := range map[string]Options{
+		"usual": {CATTL: 24 * time.Hour, X509TTL: 4 * time.Hour, JWTTTL: 4 * time.Hour},
+		"short": {CATTL: 6 * time.Hour},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				ctx, cancel := context.WithCancel(t.Context())
+				a := open(t, o)
+				ended := make(chan error)
+				go func() { ended <- a.Run(ctx) }()
+				key, err := svid.ECP256.Generate()
+				if err != nil {
+					t.Fatal(err)
+				}
+				id := spiffeid.RequireFromPath(td, "/agent/x")
+				const every = 10 * time.Minute
+				keep := int(a.o.CATTL / 3 / every) // bundles back
+				var bundles []*svid.Bundle
+				var live []issued
+				cas, jwts := map[string]bool{}, map[string]bool{}
+				for start := time.Now(); time.Since(start) < 7*24*time.Hour; time.Sleep(every) {
+					synctest.Wait()
+					bundles = append(bundles, bundleOf(a))
+					bundles = bundles[max(0, len(bundles)-keep):]
+					if n := len(bundles); n > 1 && bundles[n-1].Sequence < bundles[n-2].Sequence {
+						t.Fatalf("sequence went from %d to %d", bundles[n-2].Sequence, bundles[n-1].Sequence)
+					}
+					chain, err := a.MintX509(id, key.Public(), nil, 0)
+					if err != nil {
+						t.Fatal(err)
+					}
+					tok, err := a.MintJWT(id, []string{"a"}, 0)
+					if err != nil {
+						t.Fatal(err)
+					}
+					if life := time.Until(chain[0].NotAfter); life < a.o.X509TTL-time.Second {
+						t.Fatalf("SVID is cut to %v", life)
+					}
+					if life := time.Until(tok.Expires); life < a.o.JWTTTL-time.Second {
+						t.Fatalf("token is cut to %v", life)
+					}
+					live = append(live, issued{chain, tok, chain[0].NotAfter})
+					now := time.Now()
+					live = slices.DeleteFunc(live, func(i issued) bool { return !i.x509Expires.After(now) && !i.token.Expires.After(now) })
+					cas[string(chain[0].AuthorityKeyId)] = true
+					if n := len(bundleOf(a).X509Authorities); n > 3 {
+						t.Fatalf("bundle has %d authorities, want 3 at most", n)
+					}
+					// The oldest and the newest bundle, by the oldest and the
+					// newest SVID: what lies between is between.
+					for _, b := range []*svid.Bundle{bundles[0], bundles[len(bundles)-1]} {
+						for _, i := range []issued{live[0], live[len(live)-1]} {
+							if i.x509Expires.After(now) {
+								if _, _, err := x509svid.Verify(i.chain, b.SPIFFE().X509Bundle()); err != nil {
+									t.Fatalf("%v after start, bundle %d: %v", time.Since(start), b.Sequence, err)
+								}
+							}
+							if i.token.Expires.After(now) {
+								got, err := jwtsvid.ParseAndValidate(i.token.Compact, b.SPIFFE().JWTBundle(), []string{"a"})
+								if err != nil {
+									t.Fatalf("%v after start, bundle %d: %v", time.Since(start), b.Sequence, err)
+								}
+								jwts[got.Claims["jti"].(string)] = true
+							}
+						}
+					}
+				}
+				if want := int(7 * 24 * time.Hour / a.o.CATTL); len(cas) < want {
+					t.Errorf("got %d CAs in a week, want %d at least", len(cas), want)
+				}
+				cancel()
+				if err := <-ended; !errors.Is(err, context.Canceled) {
+					t.Errorf("got %v, want the context's end", err)
+				}
+			})
+		})
+	}
+}
+
+func TestRestartKeepsTheBundle(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir := t.TempDir()
+		a := open(t, Options{DataDir: dir})
+		verify(t, a, bundleOf(a))
+		before := bundleOf(a)
+		if err := a.Close(); err != nil {
+			t.Fatal(err)
+		}
+		info, err := os.Stat(filepath.Join(dir, stateFile))
+		if err != nil || info.Mode().Perm() != 0o600 {
+			t.Fatalf("got %v, %v, want mode 600", info.Mode(), err)
+		}
+		b := open(t, Options{DataDir: dir})
+		if !bundleOf(b).Equal(before) {
+			t.Error("bundle differs after a restart")
+		}
+		verify(t, b, before)
+		b.Close()
+
+		// Off until the next key should long have signed: what is prepared
+		// late is published first.
+		time.Sleep(23 * time.Hour)
+		c := open(t, Options{DataDir: dir})
+		if got := bundleOf(c); len(got.X509Authorities) != 2 || got.Sequence <= before.Sequence {
+			t.Errorf("got %d authorities, sequence %d, want the next key published", len(got.X509Authorities), got.Sequence)
+		}
+		verify(t, c, before)
+		c.Close()
+
+		// Off until all has ended.
+		time.Sleep(30 * 24 * time.Hour)
+		d := open(t, Options{DataDir: dir})
+		if got := bundleOf(d); len(got.X509Authorities) != 1 || got.Sequence <= before.Sequence+1 {
+			t.Errorf("got %d authorities, sequence %d, want a new key alone", len(got.X509Authorities), got.Sequence)
+		}
+		verify(t, d, bundleOf(d))
+	})
+}
+
+func TestPreparedKeyThatWaitedSignsAfterARestart(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir := t.TempDir()
+		a := open(t, Options{DataDir: dir})
+		time.Sleep(12 * time.Hour)
+		if err := a.rotate(time.Now()); err != nil {
+			t.Fatal(err)
+		}
+		published := bundleOf(a)
+		if n := len(published.X509Authorities); n != 2 {
+			t.Fatalf("got %d authorities, want the prepared one too", n)
+		}
+		a.Close()
+		time.Sleep(10 * time.Hour)
+		b := open(t, Options{DataDir: dir})
+		if !bundleOf(b).Equal(published) {
+			t.Error("activation changed the bundle")
+		}
+		verify(t, b, published)
+		if b.state.X509.Active.ID != a.state.X509.Prepared.ID || len(b.state.X509.Old) != 1 || b.state.X509.Old[0].key != nil {
+			t.Error("the prepared key does not sign, or the old one is still there")
+		}
+	})
+}
+
+func TestMemoryLeavesNoKeyBehind(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir := t.TempDir()
+		a := open(t, Options{DataDir: dir, Memory: true})
+		first := bundleOf(a)
+		if err := a.SetFederated(&svid.Bundle{TrustDomain: spiffeid.RequireTrustDomainFromString("b.example"), Sequence: 7}); err != nil {
+			t.Fatal(err)
+		}
+		a.Close()
+		if _, err := os.Stat(filepath.Join(dir, stateFile)); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("got %v, want no file of keys", err)
+		}
+		time.Sleep(5 * time.Second)
+		b := open(t, Options{DataDir: dir, Memory: true})
+		if got := bundleOf(b); got.Sequence <= first.Sequence || got.X509Authorities[0].Equal(first.X509Authorities[0]) {
+			t.Errorf("got sequence %d after %d, want higher, and another key", got.Sequence, first.Sequence)
+		}
+		if all, _ := b.Bundles(); len(all.Federated) != 1 {
+			t.Errorf("got %d federated bundles, want the one that was stored", len(all.Federated))
+		}
+	})
+}
+
+// occupy makes the replacement of a file fail as a full disk would: by a
+// directory in its place. It returns what undoes that.
+func occupy(t *testing.T, path string) func() {
+	t.Helper()
+	aside := path + ".aside"
+	if err := os.Rename(path, aside); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.MkdirAll(filepath.Join(path, "full"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	return func() {
+		if err := errors.Join(os.RemoveAll(path), os.Rename(aside, path)); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func TestKeyThatCannotBeStoredIsNeitherPublishedNorUsed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir := t.TempDir()
+		a := open(t, Options{DataDir: dir})
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan struct{})
+		go func() { a.Run(ctx); close(ended) }()
+		before := bundleOf(a)
+		release := occupy(t, filepath.Join(dir, stateFile))
+		time.Sleep(23*time.Hour + 30*time.Minute)
+		if bundleOf(a) != before {
+			t.Error("a bundle was published that is not stored")
+		}
+		verify(t, a, before)
+		time.Sleep(31 * time.Minute)
+		key, _ := svid.ECP256.Generate()
+		if _, err := a.MintX509(spiffeid.RequireFromPath(td, "/x"), key.Public(), nil, 0); !errors.Is(err, svid.ErrNotReady) {
+			t.Errorf("got %v after the last key's end, want ErrNotReady", err)
+		}
+		release()
+		time.Sleep(retryAfter)
+		synctest.Wait()
+		verify(t, a, bundleOf(a))
+		if bundleOf(a).Sequence != before.Sequence+1 {
+			t.Errorf("got sequence %d after %d, want the next", bundleOf(a).Sequence, before.Sequence)
+		}
+		cancel()
+		<-ended
+	})
+}
+
+func TestStartWithAFullDiskSignsWithTheKeysThereAre(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("NOT TESTED: needs root to make a file that cannot be replaced")
+	}
+	synctest.Test(t, func(t *testing.T) {
+		dir := t.TempDir()
+		a := open(t, Options{DataDir: dir})
+		before := bundleOf(a)
+		a.Close()
+		time.Sleep(13 * time.Hour) // the next key is due
+		if err := setImmutable(filepath.Join(dir, stateFile), true); err != nil {
+			t.Skipf("NOT TESTED: file system has no immutable files: %v", err)
+		}
+		defer setImmutable(filepath.Join(dir, stateFile), false)
+		b := open(t, Options{DataDir: dir})
+		if !bundleOf(b).Equal(before) {
+			t.Error("a bundle was published that is not stored")
+		}
+		verify(t, b, before)
+	})
+}
+
+func TestCrashInTheMiddleOfAWriteIsCleanedUp(t *testing.T) {
+	dir := t.TempDir()
+	a := open(t, Options{DataDir: dir})
+	before := bundleOf(a)
+	a.Close()
+	left := filepath.Join(dir, ".tmp-"+stateFile+"-123")
+	if err := os.WriteFile(left, []byte(`{"format":1,"x5`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	b := open(t, Options{DataDir: dir})
+	if !bundleOf(b).Equal(before) {
+		t.Error("bundle differs after a crash")
+	}
+	if _, err := os.Stat(left); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("got %v, want the unfinished file gone", err)
+	}
+}
+
+func TestDamagedOrForeignFilesAreRefusedAndKept(t *testing.T) {
+	for _, file := range []string{stateFile, federatedFile} {
+		for name, damage := range map[string]func([]byte) []byte{
+			"empty":         func([]byte) []byte { return nil },
+			"cut":           func(b []byte) []byte { return b[:len(b)/2] },
+			"tail":          func(b []byte) []byte { return append(b, "{}"...) },
+			"unknown key":   func(b []byte) []byte { return append([]byte(`{"x":1,`), b[1:]...) },
+			"later format":  func(b []byte) []byte { return []byte(strings.Replace(string(b), `"format": 1`, `"format": 2`, 1)) },
+			"trust domain":  func(b []byte) []byte { return []byte(strings.ReplaceAll(string(b), "example.org", "example.com")) },
+			"binary":        func(b []byte) []byte { return []byte("\x00\xff\x00") },
+			"another value": func(b []byte) []byte { return []byte(strings.Replace(string(b), "MII", "MIJ", 1)) },
+		} {
+			t.Run(file+" "+name, func(t *testing.T) {
+				dir := t.TempDir()
+				a := open(t, Options{DataDir: dir})
+				b := &svid.Bundle{TrustDomain: spiffeid.RequireTrustDomainFromString("b.example"), X509Authorities: bundleOf(a).X509Authorities}
+				if err := a.SetFederated(b); err != nil {
+					t.Fatal(err)
+				}
+				a.Close()
+				path := filepath.Join(dir, file)
+				data, err := os.ReadFile(path)
+				if err != nil {
+					t.Fatal(err)
+				}
+				bad := damage(data)
+				if err := os.WriteFile(path, bad, 0o600); err != nil {
+					t.Fatal(err)
+				}
+				_, err = Open(t.Context(), Options{TrustDomain: td, DataDir: dir})
+				if err == nil || !strings.Contains(err.Error(), path) {
+					t.Fatalf("got %v, want an error that names %s", err, path)
+				}
+				if now, err := os.ReadFile(path); err != nil || string(now) != string(bad) {
+					t.Error("the damaged file was written")
+				}
+			})
+		}
+	}
+}
+
+func TestSecondDaemonOnADirectoryIsRefused(t *testing.T) {
+	dir := t.TempDir()
+	open(t, Options{DataDir: dir})
+	if _, err := Open(t.Context(), Options{TrustDomain: td, DataDir: dir}); !errors.Is(err, durable.ErrLocked) {
+		t.Errorf("got %v, want ErrLocked", err)
+	}
+}
+
+// The wall clock is what a step is given, so a step into the past is a clock
+// that was set back.
+func TestClockThatIsSetBackLosesNothing(t *testing.T) {
+	for name, back := range map[string]time.Duration{"little": 30 * time.Minute, "much": 90 * 24 * time.Hour} {
+		t.Run(name, func(t *testing.T) {
+			a := open(t, Options{DataDir: t.TempDir()})
+			before, was := bundleOf(a), a.state
+			then := time.Now().Add(-back)
+			for range 3 {
+				if err := a.rotate(then); err != nil {
+					t.Fatal(err)
+				}
+			}
+			after := bundleOf(a)
+			for _, c := range before.X509Authorities {
+				if !slices.ContainsFunc(after.X509Authorities, c.Equal) {
+					t.Error("an authority was lost")
+				}
+			}
+			if !a.state.X509.Active.usable(then) || !a.state.JWT.Active.usable(then) {
+				t.Error("nothing can sign")
+			}
+			switch same := a.state == was; {
+			case same != (name == "little"):
+				t.Errorf("got the same keys %v", same)
+			case !same && after.Sequence != before.Sequence+1:
+				t.Errorf("got sequence %d after %d, want the next", after.Sequence, before.Sequence)
+			}
+		})
+	}
+}
+
+func TestOptionsThatCannotBe(t *testing.T) {
+	for name, o := range map[string]Options{
+		"no trust domain":      {},
+		"CA life too short":    {TrustDomain: td, CATTL: 29 * time.Second},
+		"TTL over a sixth":     {TrustDomain: td, CATTL: time.Hour, X509TTL: 11 * time.Minute},
+		"TTL too short":        {TrustDomain: td, JWTTTL: time.Second},
+		"unknown key type":     {TrustDomain: td, KeyType: "ed25519"},
+		"half an upstream":     {TrustDomain: td, Upstream: Upstream{Cert: "x"}},
+		"directory is no path": {TrustDomain: td, DataDir: "/dev/null/x"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if a, err := Open(t.Context(), o); err == nil {
+				a.Close()
+				t.Error("got no error, want one")
+			}
+		})
+	}
+}
+
+func TestTTLIsCutToWhatTheAuthorityAllows(t *testing.T) {
+	a := open(t, Options{CATTL: time.Hour})
+	key, err := svid.ECP256.Generate()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for ask, want := range map[time.Duration]time.Duration{
+		0: 10 * time.Minute, time.Second: 5 * time.Second, time.Minute: time.Minute, 24 * time.Hour: 10 * time.Minute,
+	} {
+		chain, err := a.MintX509(spiffeid.RequireFromPath(td, "/x"), key.Public(), nil, ask)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := time.Until(chain[0].NotAfter); got > want || got < want-2*time.Second {
+			t.Errorf("asked for %v: got %v, want %v", ask, got, want)
+		}
+	}
+}
+
+func TestFederatedBundles(t *testing.T) {
+	dir := t.TempDir()
+	a := open(t, Options{DataDir: dir})
+	other := spiffeid.RequireTrustDomainFromString("b.example")
+	own := bundleOf(a)
+	_, stale := a.Bundles()
+	b := &svid.Bundle{TrustDomain: other, X509Authorities: own.X509Authorities, JWTAuthorities: own.JWTAuthorities, Sequence: 3, RefreshHint: time.Minute}
+	if err := a.SetFederated(b); err != nil {
+		t.Fatal(err)
+	}
+	<-stale
+	if bundleOf(a) != own {
+		t.Error("our own bundle changed")
+	}
+	if err := a.SetFederated(&svid.Bundle{TrustDomain: td}); !errors.Is(err, ErrOwnTrustDomain) {
+		t.Errorf("got %v, want ErrOwnTrustDomain", err)
+	}
+	release := occupy(t, filepath.Join(dir, federatedFile))
+	if err := a.DeleteFederated(other); err == nil {
+		t.Error("got no error, want one of the disk")
+	}
+	if all, _ := a.Bundles(); all.Federated[other] != b {
+		t.Error("a change was published that is not stored")
+	}
+	release()
+	a.Close()
+	a = open(t, Options{DataDir: dir})
+	if all, _ := a.Bundles(); !all.Federated[other].Equal(b) {
+		t.Errorf("got %+v after a restart, want %+v", all.Federated[other], b)
+	}
+	if err := a.DeleteFederated(other); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.DeleteFederated(other); !errors.Is(err, ErrNotFederated) {
+		t.Errorf("got %v, want ErrNotFederated", err)
+	}
+}
+
+func FuzzDecodeState(f *testing.F) {
+	a := open(f, Options{CATTL: time.Hour})
+	for _, at := range []time.Duration{0, 31 * time.Minute, 51 * time.Minute} {
+		if err := a.rotate(time.Now().Add(at)); err != nil {
+			f.Fatal(err)
+		}
+		data, err := a.state.encode(td)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(data)
+	}
+	f.Add([]byte(`{"format":1,"trust_domain":"example.org","sequence":1,"x509":{"active":{}},"jwt":{"active":null}}`))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		s, err := decodeState(data, td)
+		if err != nil {
+			return
+		}
+		// What is accepted must be usable and survive being written.
+		again, err := s.encode(td)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if s2, err := decodeState(again, td); err != nil || !s2.equal(s) {
+			t.Errorf("got %v after a round trip", err)
+		}
+		s.next()
+	})
+}
+
+func FuzzDecodeFederated(f *testing.F) {
+	f.Add([]byte(`{"format":1,"trust_domain":"example.org","trust_domains":{"b.example":{"keys":[],"spiffe_sequence":1}}}`))
+	f.Add([]byte(`{"format":1,"trust_domain":"example.org","trust_domains":{"b.example":null}}`))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		m, err := decodeFederated(data, td)
+		if err != nil {
+			return
+		}
+		if _, err := encodeFederated(m, td); err != nil {
+			t.Fatal(err)
+		}
+	})
+}

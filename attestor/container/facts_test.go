@@ -2,9 +2,12 @@ package container
 
 import (
 	"encoding/json"
+	"os"
+	"regexp"
 	"strings"
 	"testing"
 
+	"github.com/google/go-cmp/cmp"
 	"github.com/moby/moby/api/types/container"
 	dockerimage "github.com/moby/moby/api/types/image"
 
@@ -82,6 +85,46 @@ func decode[R, V any](t *testing.T, check func(string, R) (V, error), id, text s
 	return v
 }
 
+// What Docker 20.10.24 answered about a container of an image that was pushed.
+func TestCapture(t *testing.T) {
+	const container = "3e4b64e9a6d41962b44af52bfd091639746fe96f696eb7ad7737c2c9555517b9"
+	const imageID = "sha256:20e9a197e362c3a81b080042d7f2836210c662624dad003fa0fe20f1121ab092"
+	const manifest = "sha256:fc43e1c92667219f477f7022bc7d0b418faeeec36ecaeb4d38ca27fbd632fecd"
+	c := decode(t, newInspected, container, capture(t, "container"))
+	im := decode(t, newImage, imageID, capture(t, "image"))
+	if !c.running || c.pid != 14448 || c.name != "crawler" {
+		t.Errorf("got %q running %v as %d, want crawler running as 14448", c.name, c.running, c.pid)
+	}
+	var got []string
+	for _, s := range c.selectors("docker", im, []string{"STAGE"}) {
+		got = append(got, s.String())
+	}
+	want := []string{
+		"container:id:" + container,
+		"container:runtime:docker",
+		"docker:env:STAGE=live",
+		"docker:image_config_digest:" + imageID,
+		"docker:image_id:127.0.0.1:36435/agents/crawler:1",
+		"docker:label:team:search",
+		"image:config_digest:" + imageID,
+		"image:digest:" + manifest,
+		"image:reference:127.0.0.1:36435/agents/crawler@" + manifest,
+		"image:repository:127.0.0.1:36435/agents/crawler",
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("selectors differ (-want +got):\n%s", diff)
+	}
+}
+
+func capture(tb testing.TB, of string) string {
+	tb.Helper()
+	b, err := os.ReadFile("testdata/docker-20.10.24-overlay2-" + of + ".json")
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return string(b)
+}
+
 func TestEnvironmentIsOfferedByNameAlone(t *testing.T) {
 	c := inspected{env: []string{"A=1", "AB=2", "B=x=y", "NOVALUE", "A"}}
 	var got []string
@@ -95,7 +138,11 @@ func TestEnvironmentIsOfferedByNameAlone(t *testing.T) {
 	}
 }
 
+// idForm finds the ID that the fuzz tests do not ask about.
+var idForm = regexp.MustCompile(`^\{"Id":"[^"]*"`)
+
 func FuzzInspected(f *testing.F) {
+	f.Add([]byte(idForm.ReplaceAllString(capture(f, "container"), `{"Id":"x"`)))
 	f.Add([]byte(`{"Id":"x","Name":"/a","Image":"sha256:` + hex64 + `","State":{"Running":true,"Pid":7},"Config":{"Image":"a","Labels":{"k":"v","k\n":"\u0000"},"Env":["A=b","A","=",""]}}`))
 	f.Add([]byte(`{"Id":"x","Image":"sha256:` + hex64 + `","State":{"Pid":-1}}`))
 	f.Add([]byte(`{"Id":"x","State":null,"Config":null}`))
@@ -117,6 +164,7 @@ func FuzzInspected(f *testing.F) {
 }
 
 func FuzzImage(f *testing.F) {
+	f.Add([]byte(idForm.ReplaceAllString(capture(f, "image"), `{"Id":"x"`)))
 	f.Add([]byte(`{"Id":"x","RepoDigests":["a@sha256:` + hex64 + `","b","@"],"Descriptor":{"digest":"x"}}`))
 	f.Add([]byte(`{"Id":"y"}`))
 	f.Fuzz(func(t *testing.T, b []byte) {

@@ -438,8 +438,8 @@ func TestDelegatedCgroupNamedLikeAContainerProvesNothing(t *testing.T) {
 	if err := os.Chown(top, 65534, 65534); err != nil {
 		t.Fatal(err)
 	}
-	pid := within(t, filepath.Join(top, "docker", id))
 	t.Cleanup(func() { os.Remove(filepath.Join(top, "docker")); os.Remove(top) })
+	pid := within(t, filepath.Join(top, "docker", id))
 	a := serve(t)
 	a.container, a.image = running(pid), known
 	want(t, attestorOf(t, a.socket).attest(t, pid))

@@ -74,7 +74,7 @@ entry "/agent/researcher" {
 }
 `, filepath.Join(s.dir, "data"), s.workload, s.admin, planner.selectors, researcher.selectors)
 	if box != nil {
-		config += fmt.Sprintf("\nattestor \"docker\" { socket = %q }\n\nentry \"/agent/crawler\" {\n  selectors = [%q, \"process:leader:true\"]\n}\n", box.socket, box.digest)
+		config += fmt.Sprintf("\nattestor \"docker\" { socket = %q }\n\nentry \"/agent/crawler\" {\n  selectors = [%q, \"process:leader:true\"]\n}\n", box.engine.Socket(), box.digest)
 	}
 	fmt.Print(indent(config[strings.Index(config, "\nentry")+1:]))
 	if err := s.run(config); err != nil {

@@ -98,8 +98,7 @@ func (e *Engine) Docker(tb testing.TB, args ...string) string {
 }
 
 func (e *Engine) run(args ...string) (string, error) {
-	cmd := exec.Command(e.docker, append([]string{"--host", "unix://" + e.Socket(), "--config", e.dir}, args...)...)
-	cmd.Env = append(os.Environ(), "DOCKER_BUILDKIT=0") // the builder of 20.10 that needs nothing else
+	cmd := e.Command(args...)
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()

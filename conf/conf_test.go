@@ -167,6 +167,17 @@ func TestWhatTheFileDoesNotSetIsTheDefault(t *testing.T) {
 	}
 }
 
+func TestBlocksMayStandOnOneLine(t *testing.T) {
+	c, _, err := Load(write(t, `
+workload_socket { path = "/run/w/workload.sock" }
+authority "local" { ca_ttl = "24h" } # a comment
+attestor "docker" { socket = "/run/docker.sock" }
+`), base(t))
+	if err != nil || c.WorkloadSocket.Path.Value != "/run/w/workload.sock" || c.Docker == nil {
+		t.Errorf("got %+v, %v", c, err)
+	}
+}
+
 func TestWhatIsRightIsThereBesideAnError(t *testing.T) {
 	c, _, err := Load(write(t, `
 entry "/bad" { selectors = 1 }

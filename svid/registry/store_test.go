@@ -314,7 +314,8 @@ func TestConcurrentWriters(t *testing.T) {
 					t.Error(err)
 					return
 				}
-				// All of them change the same entry, too.
+				set, _ := s.Set()
+				set.Match(&attestor.Evidence{Selectors: e.Selectors})
 				if _, err := s.Update(t.Context(), e.ID, func(e *Entry) error { e.Hint = "x"; return nil }); err != nil {
 					t.Error(err)
 				}
@@ -326,7 +327,17 @@ func TestConcurrentWriters(t *testing.T) {
 			}
 		})
 	}
+	wg.Go(func() {
+		for i := range 20 {
+			if err := s.ReplaceFile([]Entry{entry(t, fmt.Sprintf("/file/%d", i), "unix:uid:1")}); err != nil {
+				t.Error(err)
+			}
+		}
+	})
 	wg.Wait()
+	if err := s.ReplaceFile(nil); err != nil {
+		t.Fatal(err)
+	}
 	set, _ := s.Set()
 	if set.Len() != 40 {
 		t.Errorf("got %d entries, want 40", set.Len())

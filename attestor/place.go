@@ -134,7 +134,7 @@ func walk(line cgroupLine, dirs directories) (Place, error) {
 			break                // what is below is named inside of it
 		}
 		switch {
-		case strings.HasSuffix(name, ".slice"):
+		case isSlice(name):
 			if place.Slice == "" {
 				place.Slice = name
 			}

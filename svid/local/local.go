@@ -72,8 +72,10 @@ type Authority struct {
 	signing   atomic.Pointer[signing]
 	rotated   chan struct{} // tells Run that the times are others
 
-	mu    sync.Mutex // guards what follows, and the files
-	state *state     // as stored; immutable
+	mu       sync.Mutex // guards what follows, and the files
+	state    *state     // as stored; immutable
+	failure  error      // of the last rotation
+	failedAt time.Time
 }
 
 // signing is what signs now.
@@ -261,7 +263,7 @@ func (a *Authority) issuer() (*svid.Issuer, error) {
 	if s := a.signing.Load(); s != nil && s.usable(time.Now()) {
 		return s.issuer, nil
 	}
-	err := a.rotate(time.Now())
+	err := a.rotateNow()
 	s := a.signing.Load()
 	if s != nil && s.usable(time.Now()) {
 		return s.issuer, nil

@@ -18,8 +18,9 @@ const (
 	// lookAgain is how often Run looks at the clock even if nothing is due:
 	// timers see neither a jump of the wall clock nor a suspended machine.
 	lookAgain = time.Minute
-	// retryAfter a rotation that failed.
-	retryAfter = 10 * time.Second
+	// A rotation that failed is tried again after this, doubled each time.
+	retryFirst = time.Second
+	retryMost  = time.Minute
 	// maxHint is the longest that verifiers are told to wait between two looks
 	// at the bundle.
 	maxHint = 5 * time.Minute
@@ -29,6 +30,7 @@ const (
 func (a *Authority) Run(ctx context.Context) error {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
+	retry := retryFirst
 	for {
 		select {
 		case <-ctx.Done():
@@ -37,10 +39,12 @@ func (a *Authority) Run(ctx context.Context) error {
 		case <-a.rotated:
 		}
 		now := time.Now()
-		wait := retryAfter
+		var wait time.Duration
 		if err := a.rotate(now); err != nil {
+			wait, retry = retry, min(2*retry, retryMost)
 			a.log.Warn("key rotation failed, signing with the keys there are", "error", err, "retry_in", wait)
 		} else {
+			retry = retryFirst
 			a.mu.Lock()
 			wait = min(max(a.state.next().Sub(now.Round(0)), time.Millisecond), lookAgain)
 			a.mu.Unlock()
@@ -52,9 +56,27 @@ func (a *Authority) Run(ctx context.Context) error {
 // rotate takes whatever steps are due. What it makes is stored first, then
 // published, and only then signs; when storing fails all stays as it was.
 func (a *Authority) rotate(now time.Time) error {
-	now = now.Round(0) // certificates and files know the wall clock alone
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	err := a.rotateLocked(now.Round(0)) // certificates and files know the wall clock alone
+	a.failure, a.failedAt = err, time.Now()
+	return err
+}
+
+// rotateNow is rotate for a caller who cannot sign otherwise. It is not tried
+// more than once a second, so that a full disk does not make each call write.
+func (a *Authority) rotateNow() error {
+	a.mu.Lock()
+	recent := a.failure != nil && time.Since(a.failedAt) < retryFirst
+	err := a.failure
+	a.mu.Unlock()
+	if recent {
+		return err
+	}
+	return a.rotate(time.Now())
+}
+
+func (a *Authority) rotateLocked(now time.Time) error {
 	next := *a.state
 	var failed error
 	for _, k := range []struct {

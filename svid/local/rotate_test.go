@@ -235,7 +235,7 @@ func TestKeyThatCannotBeStoredIsNeitherPublishedNorUsed(t *testing.T) {
 			t.Errorf("got %v after the last key's end, want ErrNotReady", err)
 		}
 		release()
-		time.Sleep(retryAfter)
+		time.Sleep(retryMost)
 		synctest.Wait()
 		verify(t, a, bundleOf(a))
 		if bundleOf(a).Sequence != before.Sequence+1 {

@@ -274,7 +274,7 @@ func (c *Conn) sayGoAway() {
 // its own, and closes. A client that still writes while we close would meet an
 // error before it read the reason.
 func (c *Conn) part() {
-	c.partings.drain(c.socket, func() { c.Close() })
+	c.partings.see(c.socket, nil, func() { c.Close() })
 }
 
 // Close closes the connection and gives up the hold on the process.
@@ -320,20 +320,23 @@ type partings chan struct{}
 
 const maxPartings = 64
 
-// drain ends our side of the socket, discards what the client still sends
-// until it ends its own or partingTime is over, and calls done, all in a
-// goroutine.
-func (p partings) drain(socket *net.UnixConn, done func()) {
+// see, in a goroutine, sends the last words, ends our side of the socket,
+// discards what the client still sends until it ends its own or partingTime is
+// over, and calls done.
+func (p partings) see(socket *net.UnixConn, last []byte, done func()) {
 	select {
 	case p <- struct{}{}:
 	default:
 		done()
 		return
 	}
-	socket.CloseWrite()
-	socket.SetReadDeadline(time.Now().Add(partingTime))
 	go func() {
 		defer func() { <-p }()
+		socket.SetDeadline(time.Now().Add(partingTime))
+		if len(last) > 0 {
+			socket.Write(last)
+		}
+		socket.CloseWrite()
 		io.Copy(io.Discard, onlyReader{socket})
 		done()
 	}()

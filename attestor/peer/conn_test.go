@@ -304,25 +304,29 @@ func TestThreadWithOtherCredentialsIsRefused(t *testing.T) {
 
 func TestDroppingPrivilegesEndsTheConnection(t *testing.T) {
 	needRoot(t)
-	kernels(t, func(t *testing.T, kernel features) {
-		l := listen(t, openTable(t, kernel), Options{})
-		h := play(t, "setuid", nil, l.Addr().String())
-		c, err := challenged(t, l)
-		if err != nil {
-			t.Fatal(err)
-		}
-		h.expect("answered")
-		h.cue()
-		h.expect("dropped")
-		if err := c.Check(); !errors.Is(err, ErrCredentialsChanged) {
-			t.Errorf("Check: got %v, want ErrCredentialsChanged", err)
-		}
-		h.cue()
-		if _, err := io.ReadAll(c); !errors.Is(err, ErrCredentialsChanged) {
-			t.Errorf("Read: got %v, want ErrCredentialsChanged", err)
-		}
-		h.expect("sent away: " + ErrCredentialsChanged.Error())
-	})
+	for _, id := range []string{"uid", "gid"} {
+		t.Run(id, func(t *testing.T) {
+			kernels(t, func(t *testing.T, kernel features) {
+				l := listen(t, openTable(t, kernel), Options{})
+				h := play(t, "setuid", nil, l.Addr().String(), id)
+				c, err := challenged(t, l)
+				if err != nil {
+					t.Fatal(err)
+				}
+				h.expect("answered")
+				h.cue()
+				h.expect("dropped")
+				if err := c.Check(); !errors.Is(err, ErrCredentialsChanged) {
+					t.Errorf("Check: got %v, want ErrCredentialsChanged", err)
+				}
+				h.cue()
+				if _, err := io.ReadAll(c); !errors.Is(err, ErrCredentialsChanged) {
+					t.Errorf("Read: got %v, want ErrCredentialsChanged", err)
+				}
+				h.expect("sent away: " + ErrCredentialsChanged.Error())
+			})
+		})
+	}
 }
 
 func TestChallengeOfOddPeers(t *testing.T) {
@@ -487,5 +491,37 @@ func TestGoAwayRespectsFrames(t *testing.T) {
 		if len(got) == 0 || got[len(got)-1] != "goaway enough" {
 			t.Errorf("cut at %d: got %q, want whole frames and a GOAWAY last", cut, got)
 		}
+	}
+}
+
+// A client that still writes does not meet an error before it read the reason.
+func TestGoAwayWaitsForTheClientToLeave(t *testing.T) {
+	l := listen(t, openTable(t, features{}), Options{})
+	client := dial(t, l)
+	c := accept(t, l)
+	c.GoAway("enough")
+	if b, err := io.ReadAll(client); err != nil || !bytes.Contains(b, []byte("enough")) {
+		t.Fatalf("got %q, %v, want the reason and the end", b, err)
+	}
+	if _, err := client.Write([]byte("still writing")); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestChallengeLeavesNoDeadline(t *testing.T) {
+	l := listen(t, openTable(t, features{}), Options{})
+	client := dial(t, l)
+	c := accept(t, l)
+	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+	defer cancel()
+	answered := make(chan error, 1)
+	go func() { answered <- answer(client) }()
+	if err := errors.Join(c.Challenge(ctx), <-answered); err != nil {
+		t.Fatal(err)
+	}
+	<-ctx.Done()
+	client.CloseWrite()
+	if _, err := io.ReadAll(c); err != nil {
+		t.Errorf("after the challenge's time: %v", err)
 	}
 }

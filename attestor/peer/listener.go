@@ -225,11 +225,7 @@ func (l *Listener) receive(socket *net.UnixConn) *Conn {
 	}
 	l.log.Debug("connection refused", "error", err)
 	hello := appendHeader(make([]byte, 0, headerLen+maxGoAwaySize), frameHeader{typ: frameSettings})
-	// The buffer of a new socket is empty, so this does not wait for the peer;
-	// the deadline is for a kernel that thinks otherwise.
-	socket.SetWriteDeadline(time.Now().Add(10 * time.Millisecond))
-	socket.Write(appendGoAway(hello, code, err.Error()))
-	l.partings.drain(socket, func() { socket.Close() })
+	l.partings.see(socket, appendGoAway(hello, code, err.Error()), func() { socket.Close() })
 	return nil
 }
 

@@ -147,13 +147,12 @@ func TestAcceptedSocketsPassCredentials(t *testing.T) {
 
 func TestAdmitCountsConnections(t *testing.T) {
 	var open atomic.Int32
-	full := errors.New("too many connections")
 	l := listen(t, openTable(t, features{}), Options{Mode: 0o666, Group: -1, Admit: func(uid uint32) (func(), error) {
 		if uid != uint32(os.Geteuid()) {
 			t.Errorf("asked for UID %d, want %d", uid, os.Geteuid())
 		}
 		if open.Load() == 1 {
-			return nil, full
+			return nil, errFull
 		}
 		open.Add(1)
 		return func() { open.Add(-1) }, nil
@@ -163,8 +162,8 @@ func TestAdmitCountsConnections(t *testing.T) {
 	next := make(chan net.Conn, 1)
 	go func() { c, _ := l.Accept(); next <- c }()
 	gone, ok := errors.AsType[goneAway](answer(dial(t, l)))
-	if !ok || gone.reason != full.Error() || gone.code != http2.ErrCodeEnhanceYourCalm {
-		t.Errorf("refused client heard %+v, want %q", gone, full)
+	if !ok || gone.reason != errFull.Error() || gone.code != http2.ErrCodeEnhanceYourCalm {
+		t.Errorf("refused client heard %+v, want %q", gone, errFull)
 	}
 	first.Close()
 	first.Close() // releases once

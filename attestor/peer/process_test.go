@@ -146,6 +146,22 @@ func TestProcessEnds(t *testing.T) {
 	})
 }
 
+// A PID that was given to another process since is not taken for its owner.
+func TestReusedPIDIsNotTheProcess(t *testing.T) {
+	kernels(t, func(t *testing.T, kernel features) {
+		h := play(t, "wait", nil)
+		h.expect("ready")
+		pidfd, err := unix.PidfdOpen(int(h.pid()), 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		h.kill()
+		if _, err := openTable(t, kernel).intern(pidfd, int32(os.Getpid())); !errors.Is(err, ErrGone) {
+			t.Errorf("got %v, want ErrGone", err)
+		}
+	})
+}
+
 func TestProcessWithoutAProgramIsRefused(t *testing.T) {
 	kernels(t, func(t *testing.T, kernel features) {
 		p, err := openTable(t, kernel).Open(2)

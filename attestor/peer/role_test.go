@@ -281,7 +281,8 @@ func playSetuid(args []string) error {
 	}
 	report("answered")
 	cue()
-	if err := syscall.Setuid(1234); err != nil {
+	drop := map[string]func(int) error{"uid": syscall.Setuid, "gid": syscall.Setgid}
+	if err := drop[args[1]](1234); err != nil {
 		return err
 	}
 	report("dropped")

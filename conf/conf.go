@@ -168,7 +168,7 @@ func (p *Problems) Add(at hcl.Range, format string, args ...any) {
 	*p = append(*p, Problem{at, fmt.Sprintf(format, args...)})
 }
 
-// Sort puts the problems in the order of the file, each once.
+// Sort puts the problems in the order of the file.
 func (p *Problems) Sort() {
 	slices.SortStableFunc(*p, func(a, b Problem) int {
 		return cmp.Or(
@@ -177,5 +177,4 @@ func (p *Problems) Sort() {
 			strings.Compare(a.Reason, b.Reason),
 		)
 	})
-	*p = slices.Compact(*p)
 }

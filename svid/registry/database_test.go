@@ -84,8 +84,12 @@ func TestBrokenDatabases(t *testing.T) {
 		"zeroes":            make([]byte, len(data)),
 	} {
 		t.Run(name, func(t *testing.T) {
-			if err := broken(t, content, entries); err == nil {
-				t.Error("got no error")
+			err := broken(t, content, entries)
+			if err == nil {
+				t.Fatal("got no error")
+			}
+			if name == "empty" && !strings.Contains(err.Error(), "restore it") {
+				t.Errorf("got %v, want what to do", err)
 			}
 		})
 	}

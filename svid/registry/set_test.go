@@ -196,9 +196,11 @@ func TestAnInstanceNeedsTheProcessesOwnName(t *testing.T) {
 	e := entry(t, "/run", "unix:uid:1")
 	e.Instance = true
 	ev := evidence(t, "unix:uid:1")
-	ev.Instance = ""
-	if m := NewSet(checked(t, e)).Match(ev); len(m.Entries) != 0 {
-		t.Errorf("got %v, want nothing", served(m))
+	for _, name := range []string{"", "short"} {
+		ev.Instance = name
+		if m := NewSet(checked(t, e)).Match(ev); len(m.Entries) != 0 {
+			t.Errorf("%q: got %v, want nothing", name, served(m))
+		}
 	}
 }
 

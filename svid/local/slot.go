@@ -42,16 +42,13 @@ func (s *slot) life() time.Duration { return s.Expires.Sub(s.Created) }
 // prepareAt is when the next key is to be made.
 func (s *slot) prepareAt() time.Time { return s.Created.Add(s.life() / 2) }
 
-// activateAt is when next is to sign instead of s: at five sixths of the life
-// of s, and a third of that life after it was published. One that was made
-// late waits as long as s can still sign.
+// activateAt is when next is to sign instead of s: a third of the life of s
+// after it was published, which is at five sixths of that life if it was made
+// in time. One that was made late waits as long as s can still sign.
 func (s *slot) activateAt(next *slot) time.Time {
-	at := s.Created.Add(s.life() / 6 * 5)
-	if published := next.Created.Add(s.life() / 3); published.After(at) {
-		at = published
-	}
+	at := next.Created.Add(s.life() / 3)
 	if last := s.Expires.Add(-s.life() / lastResort); last.Before(at) {
-		at = last
+		return last
 	}
 	return at
 }

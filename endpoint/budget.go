@@ -241,8 +241,9 @@ func enter(ctx context.Context, places chan struct{}) error {
 	}
 }
 
-// patience is how long a call waits for its turn.
-const patience = 5 * time.Second
+// patience is how long a call, or a connection, waits for its turn: longer
+// than those who have it and say nothing.
+const patience = challengeTime + time.Second
 
 // mint takes n signatures. A call that has something to go on with waits.
 func (a *account) mint(ctx context.Context, n int, wait bool) error {

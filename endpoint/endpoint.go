@@ -138,7 +138,7 @@ func (s *Server) options(h *handshaker, more ...grpc.ServerOption) []grpc.Server
 		grpc.SharedWriteBuffer(true),
 		grpc.StaticStreamWindowSize(64 << 10),
 		grpc.StaticConnWindowSize(128 << 10),
-		grpc.ConnectionTimeout(2 * challengeTime),
+		grpc.ConnectionTimeout(patience + 2*challengeTime),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
 	}, more...)
 }

@@ -301,6 +301,7 @@ func TestEntryReachesAStreamWithin50ms(t *testing.T) {
 }
 
 func TestRotationGathersEvidenceOnceForAllStreams(t *testing.T) {
+	t.Parallel()
 	w := start(t, func(_ *Config, o *local.Options) { o.X509TTL = 5 * time.Second })
 	w.entry("/a", nil, mine)
 	api := w.workloadAPI()
@@ -322,6 +323,7 @@ func TestRotationGathersEvidenceOnceForAllStreams(t *testing.T) {
 }
 
 func TestRotationWithoutTheIdentityEndsTheStream(t *testing.T) {
+	t.Parallel()
 	w := start(t, func(_ *Config, o *local.Options) { o.X509TTL = 5 * time.Second })
 	w.entry("/a", nil, mine)
 	st := x509Stream(t, w.workloadAPI())
@@ -393,6 +395,7 @@ func TestUnknownEvidence(t *testing.T) {
 		recv(t, st, "/user")
 	})
 	t.Run("stream ends with Unavailable when its SVID does", func(t *testing.T) {
+		t.Parallel()
 		w := start(t, func(_ *Config, o *local.Options) { o.X509TTL = 5 * time.Second })
 		w.entry("/container", nil, image)
 		w.evidence.set(known)
@@ -421,6 +424,7 @@ func TestTraced(t *testing.T) {
 		recv(t, x509Stream(t, w.workloadAPI()), "/debug")
 	})
 	t.Run("open stream keeps what it has while that lives", func(t *testing.T) {
+		t.Parallel()
 		w := start(t, func(_ *Config, o *local.Options) { o.X509TTL = 5 * time.Second })
 		w.entry("/a", nil, mine)
 		st := x509Stream(t, w.workloadAPI())

@@ -26,14 +26,24 @@ type link struct {
 	uid     uint32 // effective, when the connection was accepted
 	seat    *seat
 	refused error // on the admin socket: why this peer may not use it
-	closed  func() error
+	left    sync.Once
 }
 
 // AuthType makes a link the credentials.AuthInfo of its connection.
 func (l *link) AuthType() string { return "pidfd" }
 
 // Close closes the connection and leaves the session.
-func (l *link) Close() error { return l.closed() }
+func (l *link) Close() error {
+	l.leave()
+	return l.Conn.Close()
+}
+
+func (l *link) leave() {
+	l.left.Do(func() {
+		l.session.leave(l)
+		l.seat.leave()
+	})
+}
 
 func linkOf(ctx context.Context) *link {
 	p, ok := grpcpeer.FromContext(ctx)
@@ -65,40 +75,46 @@ func (h *handshaker) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthIn
 	}
 	uid := c.Credentials().EUID
 	l := &link{Conn: c, uid: uid, seat: h.s.budget.seat(uid)}
-	l.closed = sync.OnceValue(func() error {
-		if l.session != nil {
-			l.session.leave(l)
-		}
-		l.seat.leave()
-		return l.Conn.Close()
-	})
 	l.session = h.s.join(l)
-	err := l.seat.move(l.session.place())
-	if err == nil {
-		err = h.challenge(l)
-	} else {
-		l.GoAway(err.Error())
-	}
-	if err == nil {
-		err = h.accept(l)
-	}
-	if err != nil {
-		l.Close()
-		return nil, nil, err
+	if err := h.greet(l); err != nil {
+		l.leave()
+		h.s.Log.Debug("connection refused", "pid", c.Process().PID(), "uid", uid, "reason", err)
+		// The peer is told why, and the Conn closes when it has read that: gRPC
+		// must not close it before.
+		return nil, nil, credentials.ErrConnDispatched
 	}
 	return l, l, nil
 }
 
-func (h *handshaker) challenge(l *link) error {
-	ctx, cancel := context.WithTimeout(context.Background(), challengeTime)
-	defer cancel()
+// greet finds the connection a place in the budget and challenges it. After
+// an error the peer has been told.
+func (h *handshaker) greet(l *link) error {
+	if err := l.seat.move(l.session.place()); err != nil {
+		l.turnAway(err)
+		return err
+	}
 	turn := l.seat.account().challenge
-	if err := enter(ctx, turn); err != nil {
-		l.Conn.GoAway(err.Error())
+	if err := enter(context.Background(), turn); err != nil {
+		l.turnAway(err)
 		return err
 	}
 	defer func() { <-turn }()
-	return l.Conn.Challenge(ctx)
+	ctx, cancel := context.WithTimeout(context.Background(), challengeTime)
+	defer cancel()
+	if err := l.Challenge(ctx); err != nil {
+		return err
+	}
+	return h.accept(l)
+}
+
+// settings is an empty SETTINGS frame, the first that a client expects
+// (RFC 9113 §3.4).
+var settings = []byte{0, 0, 0, 4, 0, 0, 0, 0, 0}
+
+// turnAway ends a connection that was not challenged yet, with the reason.
+func (l *link) turnAway(err error) {
+	l.Write(settings)
+	l.GoAway(err.Error())
 }
 
 func (h *handshaker) Info() credentials.ProtocolInfo {

@@ -1,0 +1,175 @@
+package endpoint
+
+import (
+	"context"
+	"net"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/deputy-id/deputy/svid/local"
+)
+
+func limits(change func(*Limits)) func(*Config, *local.Options) {
+	return func(c *Config, _ *local.Options) {
+		c.Limits = DefaultLimits(20000, 2)
+		change(&c.Limits)
+	}
+}
+
+func TestDefaultLimitsKeepAReserve(t *testing.T) {
+	for _, descriptors := range []uint64{256, 1024, 20000, 1 << 20} {
+		l := DefaultLimits(descriptors, 2)
+		if l.OwnerConnections >= l.Connections {
+			t.Errorf("%d descriptors: one owner may have %d of %d connections, want fewer", descriptors, l.OwnerConnections, l.Connections)
+		}
+		if descriptors >= 1024 && uint64(l.Connections) > descriptors/2 {
+			t.Errorf("%d descriptors: %d connections leave no room for what they need beside the socket", descriptors, l.Connections)
+		}
+	}
+	if l := DefaultLimits(20000, 2); l.OwnerStreams < 10000 || l.OwnerConnections < 100 || l.ConnStreams < 100 {
+		t.Errorf("got %+v, want room for 10,000 streams of 100 processes of one owner", l)
+	}
+}
+
+func TestConnectionsOverTheBudgetAreRefusedWithTheReason(t *testing.T) {
+	w := start(t, limits(func(l *Limits) { l.OwnerConnections = 3 }))
+	w.entry("/a", nil, mine)
+	for range 3 {
+		recv(t, x509Stream(t, w.workloadAPI()), "/a")
+	}
+	_, err := x509Stream(t, w.workloadAPI()).Recv()
+	wantCode(t, err, codes.Unavailable)
+	if !strings.Contains(err.Error(), "over budget") {
+		t.Errorf("got %v, want the reason", err)
+	}
+}
+
+func TestConnectionIsGivenBack(t *testing.T) {
+	w := start(t, limits(func(l *Limits) { l.OwnerConnections = 1 }))
+	w.entry("/a", nil, mine)
+	for range 5 {
+		c := w.dial(w.socket)
+		recv(t, x509Stream(t, workload.NewSpiffeWorkloadAPIClient(c)), "/a")
+		c.Close()
+		eventually(t, "the connection is given back", func() bool {
+			w.budget.mu.Lock()
+			defer w.budget.mu.Unlock()
+			return w.budget.conns == 0
+		})
+	}
+	w.budget.mu.Lock()
+	defer w.budget.mu.Unlock()
+	for name, a := range w.budget.accounts {
+		if a.conns != 0 || a.users != 0 {
+			t.Errorf("account %s has %d connections and %d users left, want none", name, a.conns, a.users)
+		}
+	}
+}
+
+func TestOneOwnerDoesNotUseUpAnothers(t *testing.T) {
+	b := newBudget(Limits{Connections: 100, OwnerConnections: 2, Challenges: 1, Attestations: 1, Mints: 1})
+	connect := func(owner string) (*seat, func(), error) {
+		release, err := b.admit(0)
+		if err != nil {
+			return nil, nil, err
+		}
+		s := b.seat(0)
+		return s, release, s.move(owner)
+	}
+	for range 2 {
+		if _, _, err := connect("container"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s, release, err := connect("container")
+	if err == nil {
+		t.Error("a third connection of the container was accepted, want it refused")
+	}
+	s.leave()
+	release()
+	for range 2 {
+		if _, _, err := connect("uid:0"); err != nil {
+			t.Errorf("root of the host was refused: %v", err)
+		}
+	}
+	if _, _, err := connect("uid:0"); err == nil {
+		t.Error("a third connection of root was accepted, want it refused")
+	}
+}
+
+func TestStreamsOverTheBudgetAreResourceExhausted(t *testing.T) {
+	w := start(t, limits(func(l *Limits) { l.OwnerStreams = 3 }))
+	w.entry("/a", nil, mine)
+	api := w.workloadAPI()
+	if _, err := fetch(call(t), api); err != nil { // from here on the owner is known
+		t.Fatal(err)
+	}
+	eventually(t, "that stream has ended", func() bool { return w.budget.streams.Load() == 0 })
+	for range 3 {
+		recv(t, x509Stream(t, api), "/a")
+	}
+	_, err := x509Stream(t, api).Recv()
+	wantCode(t, err, codes.ResourceExhausted)
+}
+
+func TestMintsOverTheBudgetAreResourceExhausted(t *testing.T) {
+	w := start(t, limits(func(l *Limits) { l.Mints = 2 }))
+	w.entry("/a", nil, mine)
+	api := w.workloadAPI()
+	seen := make(map[codes.Code]int)
+	for range 10 {
+		_, err := api.FetchJWTSVID(call(t), &workload.JWTSVIDRequest{Audience: []string{"db"}})
+		seen[status.Code(err)]++
+	}
+	if seen[codes.OK] < 2 || seen[codes.ResourceExhausted] < 5 {
+		t.Errorf("got %v, want two or so and then ResourceExhausted", seen)
+	}
+}
+
+// A client that opens ten thousand streams on one connection gets as many as
+// the connection may have; the rest wait on its side, and nobody else's do.
+func TestTenThousandStreamsOnOneConnection(t *testing.T) {
+	w := start(t)
+	w.entry("/a", nil, mine)
+	ctx, cancel := context.WithCancel(call(t))
+	defer cancel()
+	greedy := w.workloadAPI()
+	var opening sync.WaitGroup
+	for range 10000 {
+		opening.Go(func() {
+			st, err := greedy.FetchX509SVID(ctx, &workload.X509SVIDRequest{})
+			if err == nil {
+				st.Recv()
+			}
+		})
+	}
+	eventually(t, "the connection is full", func() bool { return w.budget.streams.Load() >= int64(w.Limits.ConnStreams) })
+	begin := time.Now()
+	recv(t, x509Stream(t, w.workloadAPI()), "/a")
+	if took := time.Since(begin); took > 2*time.Second {
+		t.Errorf("another client waited for %s", took)
+	}
+	cancel()
+	opening.Wait()
+}
+
+func TestSilentClientsDoNotKeepOthersOut(t *testing.T) {
+	t.Parallel()
+	w := start(t, limits(func(l *Limits) { l.Challenges = 2 }))
+	w.entry("/a", nil, mine)
+	for range 2 {
+		c, err := net.Dial("unix", w.socket)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+	}
+	// Those two hold the turn until their time is over; this one waits for it.
+	recv(t, x509Stream(t, w.workloadAPI()), "/a")
+}

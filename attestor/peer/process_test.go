@@ -193,8 +193,12 @@ func TestProgramEndsWithExec(t *testing.T) {
 				if err := c.Check(); err != nil {
 					t.Fatalf("before: %v", err)
 				}
+				blind := &Program{process: c.process, exe: c.program.exe, mem: -1} // who may not open mem
 				h.cue()
 				h.expect("ready")
+				if err := blind.Current(); (file == "other") != errors.Is(err, ErrProgramChanged) {
+					t.Errorf("by the file alone: got %v", err)
+				}
 				if err := c.Check(); !errors.Is(err, ErrProgramChanged) {
 					t.Errorf("after: got %v, want ErrProgramChanged", err)
 				}

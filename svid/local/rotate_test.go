@@ -486,3 +486,23 @@ func FuzzDecodeFederated(f *testing.F) {
 		}
 	})
 }
+
+func TestKeyThatWasPreparedLateSignsBeforeTheOldOneEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := open(t, Options{})
+		first := a.state.X509.Active.ID
+		time.Sleep(23 * time.Hour)
+		for _, step := range []struct {
+			wait time.Duration
+			same bool
+		}{{0, true}, {35 * time.Minute, true}, {2 * time.Minute, false}} {
+			time.Sleep(step.wait)
+			if err := a.rotate(time.Now()); err != nil {
+				t.Fatal(err)
+			}
+			if got := a.state.X509.Active.ID == first; got != step.same {
+				t.Errorf("%v later: got the old key %v, want %v", step.wait, got, step.same)
+			}
+		}
+	})
+}

@@ -6,7 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
+	osexec "os/exec"
 	"testing"
 
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
@@ -21,6 +21,10 @@ import (
 // socket of its environment, prints a line for each message, and holds the
 // stream until its standard input ends.
 func client() int {
+	if os.Getenv("ENDPOINT_TEST_CLIENT") == "sleep" {
+		io.Copy(io.Discard, os.Stdin)
+		return 0
+	}
 	c, err := grpc.NewClient("unix://"+os.Getenv("ENDPOINT_TEST_CLIENT"), grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
 		fmt.Println("dial", err)
@@ -47,15 +51,21 @@ func client() int {
 }
 
 type process struct {
-	*exec.Cmd
+	*osexec.Cmd
 	in  io.Closer
 	out *bufio.Scanner
 }
 
-func (w *world) process() *process {
+// process starts a client.
+func (w *world) process() *process { return w.run(w.socket) }
+
+// sleeper starts a process that only waits for the end of its input.
+func (w *world) sleeper() *process { return w.run("sleep") }
+
+func (w *world) run(what string) *process {
 	w.t.Helper()
-	cmd := exec.Command(os.Args[0])
-	cmd.Env = append(os.Environ(), "ENDPOINT_TEST_CLIENT="+w.socket)
+	cmd := osexec.Command(os.Args[0])
+	cmd.Env = append(os.Environ(), "ENDPOINT_TEST_CLIENT="+what)
 	in, err := cmd.StdinPipe()
 	if err != nil {
 		w.t.Fatal(err)

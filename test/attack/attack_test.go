@@ -206,14 +206,17 @@ func TestProgramReplacedWhileAChildReads(t *testing.T) {
 	s := newScene(t)
 	granted(t, user(as("fetch", s.victim, s.socket), attackerUID), "/victim/path")
 	for _, wait := range []time.Duration{0, 100 * time.Microsecond, 300 * time.Microsecond, time.Millisecond, 3 * time.Millisecond, 10 * time.Millisecond, 50 * time.Millisecond} {
-		for range 5 {
-			out, errs := plundered(t, user(as("swap", s.attacker, s.socket, s.attacker, s.victim, wait.String()), attackerUID))
-			if out != "" {
-				t.Errorf("executing the victim's program after %s: the child got %q", wait, out)
-			}
-			if errs != "" {
-				t.Errorf("executing the victim's program after %s: %s", wait, errs)
-			}
+		for n := range 5 {
+			t.Run(fmt.Sprintf("after %s/%d", wait, n), func(t *testing.T) {
+				t.Parallel()
+				out, errs := plundered(t, user(as("swap", s.attacker, s.socket, s.attacker, s.victim, wait.String()), attackerUID))
+				if out != "" {
+					t.Errorf("the child got %q", out)
+				}
+				if errs != "" {
+					t.Errorf("got %q, want silence", errs)
+				}
+			})
 		}
 	}
 }

@@ -190,7 +190,7 @@ func TestSpireServerMintCommands(t *testing.T) {
 	if got := chain[0].DNSNames; len(got) != 1 || got[0] != "minted.example" {
 		t.Errorf("got DNS names %v, want minted.example", got)
 	}
-	token := strings.TrimSpace(d.cli(t, "jwt", "mint", "-spiffeID", "spiffe://peers.example/minted", "-audience", "a", "-ttl", "2m"))
+	token := strings.TrimSpace(d.cli(t, "jwt", "mint", "-spiffeID", "spiffe://peers.example/minted", "-audience", "a"))
 	svid, err := jwtsvid.ParseAndValidate(token, jwtbundle.NewSet(bundle.JWTBundle()), []string{"a"})
 	if err != nil || svid.ID.String() != "spiffe://peers.example/minted" {
 		t.Fatalf("got %v, %v, want spiffe://peers.example/minted", svid, err)

@@ -16,6 +16,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -143,13 +144,18 @@ func contained(t *testing.T) int {
 	return within(t, filepath.Join(cgroups(t), "docker", id))
 }
 
-// within starts a process in that cgroup, which it makes.
-func within(t *testing.T, dir string) int {
+// within starts a process in that cgroup, which it makes, and in namespaces of
+// its own of these kinds.
+func within(t *testing.T, dir string, namespaces ...uintptr) int {
 	t.Helper()
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
 	cmd := exec.Command("sleep", "600")
+	cmd.SysProcAttr = &syscall.SysProcAttr{}
+	for _, n := range namespaces {
+		cmd.SysProcAttr.Cloneflags |= n
+	}
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -456,6 +462,59 @@ func TestProcessBelowTheContainersCgroup(t *testing.T) {
 	a := serve(t)
 	a.container, a.image = running(pid), known
 	want(t, only(attestorOf(t, a.socket).attest(t, below), "container:id:", "process:"), "container:id:"+id)
+}
+
+func TestProcessThatLeavesTheContainerMeanwhile(t *testing.T) {
+	init, pid := contained(t), contained(t)
+	a := serve(t)
+	a.image = known
+	a.container = func(w http.ResponseWriter, r *http.Request) {
+		if err := os.WriteFile(filepath.Join(cgroups(t), "cgroup.procs"), []byte(strconv.Itoa(pid)), 0); err != nil {
+			t.Error(err)
+		}
+		running(init)(w, r)
+	}
+	s := attestorOf(t, a.socket)
+	if out, err := s.Attest(t.Context(), s.open(t, pid)); err == nil || len(out) > 0 {
+		t.Errorf("got %v, %v, want an error alone", texts(out), err)
+	}
+}
+
+// As under Docker's userns-remap: who owns the namespace is root in it.
+func TestContainerInAnotherUserNamespaceHasNoPathAndNoLeader(t *testing.T) {
+	dir := filepath.Join(cgroups(t), "docker", id)
+	init, pid := within(t, dir, unix.CLONE_NEWUSER), within(t, dir)
+	a := serve(t)
+	a.container, a.image = running(init), known
+	s := attestorOf(t, a.socket)
+	for name, pid := range map[string]int{"its init": init, "a process of ours in it": pid} {
+		t.Run(name, func(t *testing.T) {
+			want(t, only(s.attest(t, pid), "container:id:", "container:path:", "process:"), "container:id:"+id)
+		})
+	}
+}
+
+// In a mount namespace of its own a process can put its program at any path.
+func TestProgramThatIsNotInTheInitsRootHasNoPath(t *testing.T) {
+	init := contained(t)
+	dir := t.TempDir()
+	program, elsewhere := filepath.Join(dir, "program"), filepath.Join(dir, "sleep")
+	must(t, os.WriteFile(program, []byte("privileged"), 0o755))
+	b, err := os.ReadFile("/bin/sleep")
+	must(t, err)
+	must(t, os.WriteFile(elsewhere, b, 0o755))
+	cmd := exec.Command("unshare", "--mount", "sh", "-c", `mount --bind "$1" "$2" && exec "$2" 600`, "sh", elsewhere, program)
+	must(t, cmd.Start())
+	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
+	pid := cmd.Process.Pid
+	must(t, os.WriteFile(filepath.Join(cgroups(t), "docker", id, "cgroup.procs"), []byte(strconv.Itoa(pid)), 0))
+	await(t, "the program at the other's path", func() bool {
+		exe, _ := os.Readlink("/proc/" + strconv.Itoa(pid) + "/exe")
+		return exe == program
+	})
+	a := serve(t)
+	a.container, a.image = running(init), known
+	want(t, only(attestorOf(t, a.socket).attest(t, pid), "container:id:", "container:path:"), "container:id:"+id)
 }
 
 func TestSocketsThatAreNotTrusted(t *testing.T) {

@@ -5,11 +5,16 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	osexec "os/exec"
+	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
@@ -17,18 +22,37 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// client is the test binary as another process: it opens a stream on the
-// socket of its environment, prints a line for each message, and holds the
-// stream until its standard input ends.
+// client is the test binary as another process. Its environment says what to
+// do until its standard input ends:
+//
+//	sleep          nothing
+//	count:SOCKET   count entries, print the code
+//	exec:SOCKET    hold a stream, and execute another program once it has an answer
+//	SOCKET         hold a stream, print a line for each message
 func client() int {
-	if os.Getenv("ENDPOINT_TEST_CLIENT") == "sleep" {
+	what, socket, ok := strings.Cut(os.Getenv("ENDPOINT_TEST_CLIENT"), ":")
+	if !ok {
+		what, socket = "", what
+	}
+	if socket == "sleep" {
 		io.Copy(io.Discard, os.Stdin)
 		return 0
 	}
-	c, err := grpc.NewClient("unix://"+os.Getenv("ENDPOINT_TEST_CLIENT"), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	c, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) {
+			conn, err := net.Dial("unix", socket)
+			if err == nil && what == "exec" {
+				keepAcrossExec(conn.(*net.UnixConn))
+			}
+			return conn, err
+		}))
 	if err != nil {
 		fmt.Println("dial", err)
 		return 1
+	}
+	if what == "count" {
+		fmt.Println(status.Code(count(entryv1.NewEntryClient(c))))
+		return 0
 	}
 	ctx := metadata.AppendToOutgoingContext(context.Background(), "workload.spiffe.io", "true")
 	st, err := workload.NewSpiffeWorkloadAPIClient(c).FetchX509SVID(ctx, &workload.X509SVIDRequest{})
@@ -47,6 +71,19 @@ func client() int {
 			return 1
 		}
 		fmt.Println(ids(r))
+		if what == "exec" {
+			err := syscall.Exec("/bin/sh", []string{"sh", "-c", "echo executed; cat >/dev/null"}, nil)
+			fmt.Println(err)
+			return 1
+		}
+	}
+}
+
+// keepAcrossExec lets the next program have the descriptor.
+func keepAcrossExec(c *net.UnixConn) {
+	raw, err := c.SyscallConn()
+	if err == nil {
+		raw.Control(func(fd uintptr) { unix.FcntlInt(fd, unix.F_SETFD, 0) })
 	}
 }
 
@@ -62,10 +99,13 @@ func (w *world) process() *process { return w.run(w.socket) }
 // sleeper starts a process that only waits for the end of its input.
 func (w *world) sleeper() *process { return w.run("sleep") }
 
-func (w *world) run(what string) *process {
+func (w *world) run(what string) *process { return w.runAs(nil, what) }
+
+func (w *world) runAs(attr *syscall.SysProcAttr, what string) *process {
 	w.t.Helper()
-	cmd := osexec.Command(os.Args[0])
+	cmd := osexec.Command("/proc/self/exe") // which other users can execute, wherever the test binary lies
 	cmd.Env = append(os.Environ(), "ENDPOINT_TEST_CLIENT="+what)
+	cmd.SysProcAttr = attr
 	in, err := cmd.StdinPipe()
 	if err != nil {
 		w.t.Fatal(err)

@@ -1,6 +1,7 @@
 package endpoint
 
 import (
+	"errors"
 	"fmt"
 
 	"google.golang.org/grpc/encoding"
@@ -45,9 +46,12 @@ func (c codec) Unmarshal(data mem.BufferSlice, v any) error {
 // well-formed fields that it does not know.
 func checkWire(b []byte) error {
 	for len(b) > 0 {
-		_, _, n := protowire.ConsumeField(b)
-		if n < 0 {
+		num, _, n := protowire.ConsumeField(b)
+		switch {
+		case n < 0:
 			return fmt.Errorf("malformed message: %w", protowire.ParseError(n))
+		case num > protowire.MaxValidNumber:
+			return errors.New("malformed message: field number is out of range")
 		}
 		b = b[n:]
 	}

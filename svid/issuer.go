@@ -1,6 +1,7 @@
 package svid
 
 import (
+	"bytes"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/rand"
@@ -35,6 +36,7 @@ const (
 type Issuer struct {
 	o      IssuerOptions
 	ca     *x509.Certificate
+	above  []*x509.Certificate // what follows the leaf in a chain
 	alg    jwtAlgorithm
 	header string // of every token, encoded
 }
@@ -43,7 +45,7 @@ type Issuer struct {
 type IssuerOptions struct {
 	TrustDomain spiffeid.TrustDomain
 	CAKey       crypto.Signer
-	CAChain     []*x509.Certificate // the CA's certificate first, then the intermediates, without the root
+	CAChain     []*x509.Certificate // the CA's certificate first, then those above it, without the root
 	JWTKey      crypto.Signer       // ECDSA on P-256 or P-384, or RSA
 	JWTKeyID    string
 	JWTUntil    time.Time // no token outlives it: the key's end
@@ -63,9 +65,14 @@ func NewIssuer(o IssuerOptions) (*Issuer, error) {
 	if err != nil {
 		return nil, err
 	}
+	above := o.CAChain[:len(o.CAChain):len(o.CAChain)]
+	if ca := above[0]; bytes.Equal(ca.RawIssuer, ca.RawSubject) && ca.CheckSignatureFrom(ca) == nil {
+		above = nil // it is a root itself, which verifiers have from the bundle
+	}
 	return &Issuer{
 		o:      o,
 		ca:     o.CAChain[0],
+		above:  above,
 		alg:    alg,
 		header: base64.RawURLEncoding.EncodeToString(header) + ".",
 	}, nil
@@ -124,7 +131,7 @@ func (i *Issuer) X509(id spiffeid.ID, pub crypto.PublicKey, dnsNames []string, t
 	if err != nil {
 		return nil, fmt.Errorf("sign certificate for %s: %w", id, err)
 	}
-	return append([]*x509.Certificate{leaf}, i.o.CAChain[:len(i.o.CAChain):len(i.o.CAChain)]...), nil
+	return append([]*x509.Certificate{leaf}, i.above...), nil
 }
 
 // A Token is a signed JWT-SVID with its times.

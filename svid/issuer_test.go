@@ -136,6 +136,17 @@ func TestIssuedCertificateEndsWithItsCA(t *testing.T) {
 	})
 }
 
+func TestRootIsInNoChain(t *testing.T) {
+	a := newAuthority(t, svid.ECP256)
+	chain, err := a.issuer.X509(spiffeid.RequireFromString("spiffe://example.org/agent"), mustKey(t, svid.ECP256).Public(), nil, time.Hour)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(chain) != 1 {
+		t.Errorf("got a chain of %d under a root, want the leaf alone", len(chain))
+	}
+}
+
 func TestIssuerRefuses(t *testing.T) {
 	a := newAuthority(t, svid.ECP256)
 	key := mustKey(t, svid.ECP256).Public()

@@ -11,7 +11,9 @@ import (
 	"flag"
 	"fmt"
 	"os"
+	"os/signal"
 	"strconv"
+	"syscall"
 	"time"
 )
 
@@ -47,7 +49,10 @@ func run(args []string) error {
 			}
 			return hold(args[1], streams)
 		case "idle":
-			select {}
+			ended := make(chan os.Signal, 1)
+			signal.Notify(ended, syscall.SIGTERM)
+			<-ended
+			return nil
 		}
 	}
 	flags := flag.NewFlagSet("bench", flag.ContinueOnError)

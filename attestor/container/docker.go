@@ -122,12 +122,17 @@ func (d *Docker) Attest(ctx context.Context, p *peer.Process) ([]attestor.Select
 	case err != nil:
 		return nil, fmt.Errorf("attest container %.12s: %w", at.ID, err)
 	}
+	if !d.hold(k) {
+		return nil, fmt.Errorf("attest container %.12s: %w", at.ID, errEnded)
+	}
+	defer k.init.Close()
 	out, unknown := k.attest(ctx, p)
 	// What was said holds for a process that was in the container all the time,
 	// and for as long as the container's init ran.
 	if now, err := placeOf(p); err != nil || now != at {
 		return nil, fmt.Errorf("attest container %.12s: process %d moved meanwhile", at.ID, p.PID())
 	}
+	attestor.RestOn(ctx, k.init.Hold())
 	if err := k.init.Alive(); err != nil {
 		return nil, fmt.Errorf("attest container %.12s: its init: %w", at.ID, errEnded)
 	}
@@ -173,6 +178,18 @@ func (d *Docker) lookup(at place) *known {
 		return nil
 	}
 	return k
+}
+
+// hold holds the container's init, which is the caller's to close, unless the
+// container was let go of meanwhile.
+func (d *Docker) hold(k *known) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.known[k.at.ID] != k {
+		return false
+	}
+	k.init.Hold()
+	return true
 }
 
 // look asks the engine about the container at this place.

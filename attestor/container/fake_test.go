@@ -20,6 +20,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/hashicorp/go-hclog"
 	"golang.org/x/sys/unix"
 
 	"github.com/deputy-id/deputy/attestor"
@@ -151,7 +152,7 @@ func within(t *testing.T, dir string, namespaces ...uintptr) int {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command("sleep", "600")
+	cmd := exec.Command("sleep", "60")
 	cmd.SysProcAttr = &syscall.SysProcAttr{}
 	for _, n := range namespaces {
 		cmd.SysProcAttr.Cloneflags |= n
@@ -390,6 +391,33 @@ func TestEndedInitIsLetGoOf(t *testing.T) {
 	a.set(func() { a.container = running(0, state("Running", false)) })
 	if out, err := s.Attest(t.Context(), s.open(t, other)); err == nil || len(out) > 0 {
 		t.Errorf("got %v, %v of what outlived its container's init, want an error alone", texts(out), err)
+	}
+}
+
+// The Set keeps what was said of a process, and must not for longer than the
+// container's init lives.
+func TestEvidenceEndsWithTheContainersInit(t *testing.T) {
+	pid, other := contained(t), contained(t)
+	a := serve(t)
+	a.container, a.image = running(pid), known
+	s := attestorOf(t, a.socket)
+	set := attestor.NewSet(hclog.NewNullLogger(), nil, s.Source())
+	p := s.open(t, other)
+	inContainer := attestor.Selector{Type: "container", Value: "id:" + id}
+	before, err := set.Attest(t.Context(), p)
+	if err != nil || !before.Has(inContainer) {
+		t.Fatalf("got %v, %v, want %v", before, err, inContainer)
+	}
+	if again, err := set.Attest(t.Context(), p); again != before || err != nil {
+		t.Errorf("got %v, %v, want what was kept", again, err)
+	}
+	init := s.open(t, pid)
+	unix.Kill(pid, unix.SIGKILL)
+	<-init.Done()
+	a.set(func() { a.container = running(0, state("Running", false)) })
+	after, err := set.Attest(t.Context(), p)
+	if err != nil || after.Has(inContainer) || !after.MayHave(inContainer) {
+		t.Errorf("got %v, %v after the init's end, want %v unknown", after, err, inContainer)
 	}
 }
 

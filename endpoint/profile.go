@@ -2,7 +2,7 @@ package endpoint
 
 import (
 	"bytes"
-	"runtime"
+	"runtime/debug"
 	"runtime/pprof"
 	"time"
 
@@ -48,7 +48,7 @@ func (a *admin) Profile(in *adminv1.ProfileRequest, st grpc.ServerStreamingServe
 			return adminStatus(invalid("unknown kind of profile %d", in.Kind))
 		}
 		if name == "heap" {
-			runtime.GC() // a heap profile is as of the last collection
+			debug.FreeOSMemory() // a heap profile is as of the last collection
 		}
 		if err := pprof.Lookup(name).WriteTo(&out, 0); err != nil {
 			return adminStatus(err)

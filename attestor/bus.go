@@ -34,7 +34,9 @@ func dialBus(ctx context.Context, socket string) (*bus, error) {
 		c.Close()
 		return nil, err
 	}
-	return &bus{conn: conn}, nil
+	b := &bus{conn: conn, mains: make(map[*mainWatch]struct{})}
+	go b.hear() // until the connection ends
+	return b, nil
 }
 
 // greetBus makes sure that root listens there, and says hello.

@@ -42,7 +42,11 @@ type fakeSystemd struct {
 	byFD   atomic.Int32
 	refuse *dbus.Error
 	props  map[string]any
+	conn   *dbus.Conn
 }
+
+// Subscribe is answered, as systemd does before it tells of changes.
+func (f *fakeSystemd) Subscribe() *dbus.Error { return nil }
 
 func (f *fakeSystemd) GetUnitByPIDFD(fd dbus.UnixFD) (dbus.ObjectPath, string, []byte, *dbus.Error) {
 	defer unix.Close(int(fd))
@@ -72,6 +76,7 @@ func (f *fakeSystemd) serve(t *testing.T, socket string) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { conn.Close() })
+	f.conn = conn
 	if err := errors.Join(
 		conn.Export(f, systemdPath, systemdManager),
 		conn.Export(f, "/org/freedesktop/systemd1/unit/a", "org.freedesktop.DBus.Properties"),
@@ -83,12 +88,10 @@ func (f *fakeSystemd) serve(t *testing.T, socket string) {
 	}
 }
 
-// fake returns an attestor that asks the fake about a process that the kernel
+// attestor returns one that asks the fake about a process that the kernel
 // places in a.service.
 func (f *fakeSystemd) attestor(t *testing.T, p *peer.Process) *Systemd {
 	t.Helper()
-	socket := startBus(t)
-	f.serve(t, socket)
 	if err := p.Pidfd(func(fd int) error {
 		var st unix.Stat_t
 		err := unix.Fstat(fd, &st)
@@ -97,6 +100,8 @@ func (f *fakeSystemd) attestor(t *testing.T, p *peer.Process) *Systemd {
 	}); err != nil {
 		t.Fatal(err)
 	}
+	socket := startBus(t)
+	f.serve(t, socket)
 	return standIn(t, socket)
 }
 
@@ -222,5 +227,54 @@ func TestHostWithoutSystemdIsCertain(t *testing.T) {
 	s.running = func() (bool, error) { return false, nil }
 	if got, err := s.Attest(t.Context(), p); err != nil || got != nil {
 		t.Errorf("got %v, %v, want nothing", got, err)
+	}
+}
+
+func TestLeaderEndsWhenTheUnitHasAnotherMainProcess(t *testing.T) {
+	p := newBench(t).open(start(t, self(t), nil).self)
+	f := &fakeSystemd{props: map[string]any{
+		"Id": "a.service", "FragmentPath": "", "ControlGroup": "/system.slice/a.service",
+		"Type": "notify", "NotifyAccess": "main", "MainPID": uint32(p.PID()),
+		"ExecMainStartTimestampMonotonic": monotonic(t),
+	}}
+	systemd := f.attestor(t, p)
+	changed := func(main uint32) {
+		t.Helper()
+		err := f.conn.Emit("/org/freedesktop/systemd1/unit/a", "org.freedesktop.DBus.Properties.PropertiesChanged",
+			systemdName+".Service", map[string]dbus.Variant{"MainPID": dbus.MakeVariant(main)}, []string{})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	s := newTestSet(systemd.Source())
+	if e := mustAttest(t, s, p); !e.Has(leaderSelector) {
+		t.Fatalf("got %v, want leader", e.Selectors)
+	}
+	rests := s.record(p).kept.Load().bases
+	if len(rests) != 1 {
+		t.Fatalf("evidence rests on %d things, want one", len(rests))
+	}
+	for _, test := range []struct {
+		what string
+		do   func()
+	}{
+		{"another main process", func() { changed(uint32(p.PID())); changed(1) }},
+		{"a lost bus", func() { systemd.bus.conn.Close() }},
+	} {
+		rests := s.record(p).kept.Load().bases
+		select {
+		case <-rests[0].Done():
+			t.Fatalf("before %s: the evidence ended", test.what)
+		default:
+		}
+		test.do()
+		select {
+		case <-rests[0].Done():
+		case <-time.After(10 * time.Second):
+			t.Fatalf("%s did not end the evidence", test.what)
+		}
+		if e := mustAttest(t, s, p); !e.Has(leaderSelector) {
+			t.Fatalf("got %v, want leader: the fake says so again", e.Selectors)
+		}
 	}
 }

@@ -110,10 +110,16 @@ func (s *Systemd) Attest(ctx context.Context, p *peer.Process) ([]Selector, erro
 	if err != nil {
 		return out, &Unknown{Prefixes: []string{leaderPrefix}, Err: err}
 	}
-	if leads {
-		out = append(out, leaderSelector)
+	if !leads {
+		return out, nil
 	}
-	return out, nil
+	if err := b.restOnMain(ctx, u); err != nil {
+		if !errors.Is(err, errOtherMain) {
+			s.leave(b, err)
+		}
+		return out, &Unknown{Prefixes: []string{leaderPrefix}, Err: fmt.Errorf("watch main process of %s: %w", u.id, err)}
+	}
+	return append(out, leaderSelector), nil
 }
 
 // within reports whether the directory is the cgroup or below it.
@@ -123,6 +129,7 @@ func within(dir, cgroup string) bool {
 
 // A unit is what systemd says of one.
 type unit struct {
+	at                   dbus.ObjectPath
 	id, fragment, cgroup string
 
 	// Of services alone.
@@ -214,6 +221,11 @@ func (s *Systemd) Close() error {
 type bus struct {
 	conn     *dbus.Conn
 	byNumber atomic.Bool // this systemd has no GetUnitByPIDFD
+
+	mu         sync.Mutex
+	subscribed bool
+	lost       bool
+	mains      map[*mainWatch]struct{}
 }
 
 const (
@@ -280,7 +292,7 @@ func dupPidfd(p *peer.Process) (int, error) {
 // read asks for the properties of a unit, one by one: GetAll makes systemd
 // count what the whole unit uses.
 func (b *bus) read(ctx context.Context, at dbus.ObjectPath) (*unit, error) {
-	var u unit
+	u := unit{at: at}
 	if err := b.properties(ctx, at, systemdName+".Unit", map[string]any{"Id": &u.id, "FragmentPath": &u.fragment}); err != nil {
 		return nil, err
 	}

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -47,6 +48,17 @@ func TestConnectionsOverTheBudgetAreRefusedWithTheReason(t *testing.T) {
 	wantCode(t, err, codes.Unavailable)
 	if !strings.Contains(err.Error(), "over budget") {
 		t.Errorf("got %v, want the reason", err)
+	}
+}
+
+func TestAdministratorsComeInWhateverTheBudget(t *testing.T) {
+	w := start(t, limits(func(l *Limits) { l.Connections, l.OwnerConnections = 1, 1 }))
+	w.entry("/a", nil, mine)
+	recv(t, x509Stream(t, w.workloadAPI()), "/a")
+	for range 3 {
+		if err := count(entryv1.NewEntryClient(w.dial(w.admin))); err != nil {
+			t.Errorf("got %v, want an answer", err)
+		}
 	}
 }
 

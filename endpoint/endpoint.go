@@ -97,7 +97,7 @@ func New(c Config) *Server {
 	}
 	s.stop = sync.OnceFunc(func() { close(s.stopping) })
 
-	s.workload = grpc.NewServer(s.options(&handshaker{s: s, accept: s.acceptAny},
+	s.workload = grpc.NewServer(s.options(&handshaker{s: s, accept: acceptAny, counted: true},
 		grpc.ChainStreamInterceptor(s.countStream), grpc.ChainUnaryInterceptor(s.countUnary))...)
 	s.workload.RegisterService(&workloadDesc, s)
 	healthv1.RegisterHealthServer(s.workload, s.health)

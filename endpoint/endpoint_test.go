@@ -41,9 +41,8 @@ type evidence struct {
 	mu       sync.Mutex
 	ev       attestor.Evidence
 	now      *attestor.Evidence
-	err      error
+	err      error // of asking at all
 	gathered int
-	asked    int
 }
 
 func (e *evidence) set(change func(*attestor.Evidence)) {
@@ -52,6 +51,13 @@ func (e *evidence) set(change func(*attestor.Evidence)) {
 	change(&e.ev)
 	slices.SortFunc(e.ev.Selectors, attestor.Selector.Compare)
 	e.fresh()
+}
+
+// times is how often evidence was gathered anew.
+func (e *evidence) times() int {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.gathered
 }
 
 func (e *evidence) fresh() {
@@ -64,7 +70,6 @@ func (e *evidence) fresh() {
 func (e *evidence) Attest(context.Context, *peer.Process) (*attestor.Evidence, error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.asked++
 	if e.err != nil {
 		return nil, e.err
 	}
@@ -311,13 +316,11 @@ func TestRotationGathersEvidenceOnceForAllStreams(t *testing.T) {
 		recv(t, st, "/a")
 		streams = append(streams, st)
 	}
-	before := w.evidence.gathered
+	before := w.evidence.times()
 	for _, st := range streams {
 		recv(t, st, "/a")
 	}
-	w.evidence.mu.Lock()
-	defer w.evidence.mu.Unlock()
-	if got := w.evidence.gathered - before; got != 1 {
+	if got := w.evidence.times() - before; got != 1 {
 		t.Errorf("evidence was gathered %d times, want once", got)
 	}
 }
@@ -437,6 +440,16 @@ func TestTraced(t *testing.T) {
 			t.Errorf("the stream ended after %s, want not before its SVID", lived)
 		}
 	})
+}
+
+func TestProcessThatDoesNotHoldStillIsUnavailable(t *testing.T) {
+	w := start(t)
+	w.entry("/a", nil, mine)
+	w.evidence.mu.Lock()
+	w.evidence.err = errors.New("process changed while it was looked at")
+	w.evidence.mu.Unlock()
+	_, err := x509Stream(t, w.workloadAPI()).Recv()
+	wantCode(t, err, codes.Unavailable)
 }
 
 func TestMain(m *testing.M) {

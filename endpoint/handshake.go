@@ -57,8 +57,9 @@ func linkOf(ctx context.Context) *link {
 // handshaker is the transport credentials of a socket: nothing is encrypted,
 // and the peer is known from the kernel instead of from what it says.
 type handshaker struct {
-	s      *Server
-	accept func(*link) error
+	s       *Server
+	accept  func(*link) error
+	counted bool // against the budget of connections: not those of administrators, who come to mend what used it up
 }
 
 var errServerOnly = errors.New("credentials are for servers")
@@ -89,9 +90,11 @@ func (h *handshaker) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthIn
 // greet finds the connection a place in the budget and challenges it. After
 // an error the peer has been told.
 func (h *handshaker) greet(l *link) error {
-	if err := l.seat.move(l.session.place()); err != nil {
-		l.turnAway(err)
-		return err
+	if h.counted {
+		if err := l.seat.move(l.session.place()); err != nil {
+			l.turnAway(err)
+			return err
+		}
 	}
 	turn := l.seat.account().challenge
 	if err := enter(context.Background(), turn); err != nil {
@@ -125,7 +128,7 @@ func (h *handshaker) Clone() credentials.TransportCredentials { return h }
 
 func (h *handshaker) OverrideServerName(string) error { return errServerOnly }
 
-func (s *Server) acceptAny(*link) error { return nil }
+func acceptAny(*link) error { return nil }
 
 // ownNamespace names a namespace of the daemon as peer.Process.Namespace does.
 func ownNamespace(kind string) (peer.FileID, error) {

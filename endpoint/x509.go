@@ -12,6 +12,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/deputy-id/deputy/attestor/peer"
 	"github.com/deputy-id/deputy/svid"
 	"github.com/deputy-id/deputy/svid/registry"
 )
@@ -91,7 +92,8 @@ func (s *Server) stream(ctx context.Context, l *link, st grpc.ServerStream, next
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-l.session.proc.Done():
-			return s.check(l)
+			l.GoAway(peer.ErrGone.Error()) // a child may hold the connection still
+			return peer.ErrGone
 		case <-s.stopping:
 			return errStopping
 		case <-has.stale:

@@ -62,12 +62,12 @@ func (s *source) ask(ctx context.Context, p *peer.Process) answer {
 	held := p.Hold()
 	go func() {
 		defer held.Close()
-		defer s.end(p.ID())
 		var a answer
 		defer func() {
 			if r := recover(); r != nil { // what a workload wrote must not end the daemon
 				a = answer{err: fmt.Errorf("attestor panicked: %v", r)}
 			}
+			s.end(held.ID()) // first: who gets the answer may ask again at once
 			came <- a
 		}()
 		a.selectors, a.err = s.Attestor.Attest(ctx, held)

@@ -153,10 +153,16 @@ func needRestart(was, is *conf.Config) []string {
 	differ("log_format", was.LogFormat.Value, is.LogFormat.Value)
 	differ("workload_socket", was.WorkloadSocket.Path.Value, is.WorkloadSocket.Path.Value)
 	differ("admin_socket", []string{was.AdminSocket.Path.Value, was.AdminSocket.Group.Value}, []string{is.AdminSocket.Path.Value, is.AdminSocket.Group.Value})
-	differ("authority", authorityOptions(was, nil), authorityOptions(is, nil))
+	differ("authority", authorityValues(was), authorityValues(is))
 	differ("attestor docker", dockerValues(was), dockerValues(is))
 	differ("attestor systemd", was.Systemd != nil, is.Systemd != nil)
 	return keys
+}
+
+func authorityValues(c *conf.Config) any {
+	o := authorityOptions(c, nil)
+	o.DataDir = "" // has a line of its own
+	return []any{o, c.Authority.WorkloadKeyType.Value}
 }
 
 func dockerValues(c *conf.Config) []string {

@@ -40,11 +40,33 @@ func newSources(c *conf.Config, table *peer.Table, demand func() attestor.Demand
 		"process:host:", "process:parent_path:", "process:parent_sha256:", "process:ancestor_path:")
 	s.add("cgroup", attestor.NewCgroup(cgroups), "cgroup:")
 	s.add("exec", s.names, "process:exec:", "process:leader:")
+	s.systemd(c, cgroups, log)
 	return s, s.docker(c, table, log)
 }
 
 func (s *sources) add(name string, a attestor.Attestor, prefixes ...string) {
 	s.list = append(s.list, attestor.Source{Name: name, Prefixes: prefixes, Attestor: a})
+}
+
+// systemd gives its own selectors where they are asked for; beside cgroup:unit
+// the main process of a unit is wanted without that.
+func (s *sources) systemd(c *conf.Config, cgroups *attestor.Cgroups, log hclog.Logger) {
+	there := rootOwns(attestor.DefaultBus)
+	a := attestor.NewSystemd(attestor.DefaultBus, cgroups)
+	switch {
+	case c.Systemd != nil:
+		if !there {
+			log.Warn("systemd is configured but its bus is not there: its selectors are unknown until it is", "socket", attestor.DefaultBus)
+		}
+		s.list = append(s.list, a.Source())
+	case there && c.File == "":
+		s.list = append(s.list, a.Source())
+	case there:
+		s.list = append(s.list, a.LeaderSource())
+	default:
+		return
+	}
+	s.closes = append(s.closes, a.Close)
 }
 
 func (s *sources) docker(c *conf.Config, table *peer.Table, log hclog.Logger) error {

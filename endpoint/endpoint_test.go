@@ -397,6 +397,22 @@ func TestUnknownEvidence(t *testing.T) {
 		}
 		recv(t, st, "/user")
 	})
+	t.Run("changed entry is not what the SVID was issued under", func(t *testing.T) {
+		w := start(t)
+		container := w.entry("/container", nil, image)
+		w.entry("/user", nil, mine)
+		w.evidence.set(known)
+		st := x509Stream(t, w.workloadAPI())
+		recv(t, st, "/container", "/user")
+		w.evidence.set(unknown)
+		if _, err := w.Registry.Update(context.Background(), container.ID, func(e *registry.Entry) error {
+			e.Path = "/renamed"
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+		recv(t, st, "/user")
+	})
 	t.Run("stream ends with Unavailable when its SVID does", func(t *testing.T) {
 		t.Parallel()
 		w := start(t, func(_ *Config, o *local.Options) { o.X509TTL = 5 * time.Second })

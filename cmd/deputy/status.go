@@ -80,8 +80,8 @@ func exitStatus(err error) int {
 	case codes.PermissionDenied, codes.Unauthenticated:
 		return statusDenied
 	case codes.Unavailable:
-		if _, refused := goAway(err); refused {
-			return statusDenied
+		if code, _, refused := goAway(err); refused && code == "PROTOCOL_ERROR" {
+			return statusDenied // what we are; over budget is ENHANCE_YOUR_CALM
 		}
 	}
 	return statusFailed
@@ -90,7 +90,7 @@ func exitStatus(err error) int {
 // message words an error for a person: of one that came over gRPC, what the
 // daemon said.
 func message(err error) string {
-	if reason, refused := goAway(err); refused {
+	if _, reason, refused := goAway(err); refused {
 		return "the daemon refused the connection: " + reason
 	}
 	var g interface{ GRPCStatus() *status.Status }
@@ -127,20 +127,20 @@ func code(err error) codes.Code {
 	return codes.Unknown
 }
 
-// goAway finds the reason with which the daemon refused a connection before
-// any call: grpc-go words it into the error of the call.
-func goAway(err error) (reason string, refused bool) {
+// goAway finds the code and the reason with which the daemon refused a
+// connection before any call: grpc-go words them into the error of the call.
+func goAway(err error) (name, reason string, refused bool) {
 	if code(err) != codes.Unavailable {
-		return "", false
+		return "", "", false
 	}
 	_, rest, found := strings.Cut(err.Error(), "received prior goaway: code: ")
 	if !found {
-		return "", false
+		return "", "", false
 	}
-	_, quoted, found := strings.Cut(rest, `debug data: "`)
+	name, quoted, found := strings.Cut(rest, `, debug data: "`)
 	if !found {
-		return "", false
+		return "", "", false
 	}
 	reason, _, _ = strings.Cut(quoted, `"`)
-	return reason, reason != ""
+	return name, reason, reason != ""
 }

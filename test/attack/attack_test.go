@@ -15,9 +15,12 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/deputy-id/deputy/test/binary"
 )
 
 const victimUID, attackerUID = 61001, 61002
@@ -26,7 +29,9 @@ func TestMain(m *testing.M) {
 	if play() {
 		return
 	}
-	os.Exit(m.Run())
+	code := m.Run()
+	binary.Remove()
+	os.Exit(code)
 }
 
 // A scene is a daemon with an entry for the victim's program and one for the
@@ -91,12 +96,7 @@ func newScene(t *testing.T) *scene {
 		t.Fatal(err)
 	}
 
-	deputy := filepath.Join(dir, "deputy")
-	build := exec.Command("go", "build", "-o", deputy, "../../cmd/deputy")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("build deputy: %v\n%s", err, out)
-	}
+	deputy := binary.Deputy(t)
 	config := filepath.Join(dir, "deputy.hcl")
 	if err := os.WriteFile(config, fmt.Appendf(nil, `
 trust_domain = "attack.example"
@@ -149,18 +149,26 @@ func user(cmd *exec.Cmd, uid uint32) *exec.Cmd {
 	return cmd
 }
 
-// plundered runs an attack and returns what it printed; that it ends with an
-// error is no matter, that it could not play its part is.
-func plundered(t *testing.T, cmd *exec.Cmd) (out, errs string) {
-	t.Helper()
+// run runs an attack and returns what it printed. That it ends with an error
+// is no matter; that it could not play its part is.
+func run(cmd *exec.Cmd) (out, errs string, err error) {
 	var o, e bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &o, &e
 	cmd.WaitDelay = 5 * time.Second
 	var exit *exec.ExitError
 	if err := cmd.Run(); err != nil && !errors.As(err, &exit) && !errors.Is(err, exec.ErrWaitDelay) {
-		t.Fatalf("the attack could not start: %v", err)
+		return "", "", fmt.Errorf("the attack could not start: %w", err)
 	}
-	return o.String(), e.String()
+	return o.String(), e.String(), nil
+}
+
+func plundered(t *testing.T, cmd *exec.Cmd) (out, errs string) {
+	t.Helper()
+	out, errs, err := run(cmd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out, errs
 }
 
 // granted wants the honest request to yield this ID.
@@ -205,20 +213,18 @@ func TestChildThatInheritedTheConnection(t *testing.T) {
 func TestProgramReplacedWhileAChildReads(t *testing.T) {
 	s := newScene(t)
 	granted(t, user(as("fetch", s.victim, s.socket), attackerUID), "/victim/path")
+	var attacks sync.WaitGroup
 	for _, wait := range []time.Duration{0, 100 * time.Microsecond, 300 * time.Microsecond, time.Millisecond, 3 * time.Millisecond, 10 * time.Millisecond, 50 * time.Millisecond} {
-		for n := range 5 {
-			t.Run(fmt.Sprintf("after %s/%d", wait, n), func(t *testing.T) {
-				t.Parallel()
-				out, errs := plundered(t, user(as("swap", s.attacker, s.socket, s.attacker, s.victim, wait.String()), attackerUID))
-				if out != "" {
-					t.Errorf("the child got %q", out)
-				}
-				if errs != "" {
-					t.Errorf("got %q, want silence", errs)
+		for range 5 {
+			attacks.Go(func() {
+				out, errs, err := run(user(as("swap", s.attacker, s.socket, s.attacker, s.victim, wait.String()), attackerUID))
+				if out != "" || errs != "" || err != nil {
+					t.Errorf("executing the victim's program after %s: the child got %q, want nothing; %q, %v", wait, out, errs, err)
 				}
 			})
 		}
 	}
+	attacks.Wait()
 }
 
 func TestProgramThatEchoesTheChallenge(t *testing.T) {

@@ -52,7 +52,7 @@ func play() bool {
 // as returns the command that plays a role.
 func as(name, path, socket string, args ...string) *exec.Cmd {
 	cmd := exec.Command(path, append([]string{socket}, args...)...)
-	cmd.Env = []string{role + "=" + name}
+	cmd.Env = []string{role + "=" + name, "GORACE=atexit_sleep_ms=0"}
 	return cmd
 }
 

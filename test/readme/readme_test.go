@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/deputy-id/deputy/test/binary"
 )
 
 // blocks returns the fenced blocks of a language, in order.
@@ -28,19 +30,14 @@ func blocks(t *testing.T, language string) []string {
 	return all
 }
 
-func deputy(t *testing.T) string {
-	t.Helper()
-	path := filepath.Join(t.TempDir(), "deputy")
-	cmd := exec.Command("go", "build", "-o", path, "../../cmd/deputy")
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("build deputy: %v\n%s", err, out)
-	}
-	return path
+func TestMain(m *testing.M) {
+	code := m.Run()
+	binary.Remove()
+	os.Exit(code)
 }
 
 func TestConfigurationsCheck(t *testing.T) {
-	binary := deputy(t)
+	deputy := binary.Deputy(t)
 	all := blocks(t, "hcl")
 	if len(all) < 4 {
 		t.Fatalf("got %d configurations in the README, want at least 4", len(all))
@@ -50,7 +47,7 @@ func TestConfigurationsCheck(t *testing.T) {
 		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if out, err := exec.Command(binary, "conf", "check", file).CombinedOutput(); err != nil {
+		if out, err := exec.Command(deputy, "conf", "check", file).CombinedOutput(); err != nil {
 			t.Errorf("%v: %s\nof\n%s", err, out, text)
 		}
 	}
@@ -78,7 +75,7 @@ func TestSixtySecondsByHand(t *testing.T) {
 	if err := os.MkdirAll(filepath.Join(root, "bin"), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.Rename(deputy(t), filepath.Join(root, "bin/deputy")); err != nil {
+	if err := os.Symlink(binary.Deputy(t), filepath.Join(root, "bin/deputy")); err != nil {
 		t.Fatal(err)
 	}
 	// A person types the next line when the daemon is up.

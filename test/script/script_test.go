@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"net"
 	"os"
 	"os/exec"
@@ -18,60 +17,18 @@ import (
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/deputy-id/deputy/test/binary"
 )
 
 // patience bounds every wait of a script. A machine that is busy needs it; a
 // wait ends as soon as it can.
 const patience = 30 * time.Second
 
-// binaries is the directory of the deputy that TestMain built.
-var binaries string
-
 func TestMain(m *testing.M) {
-	os.Exit(run(m))
-}
-
-func run(m *testing.M) int {
-	if err := look("../.."); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 1
-	}
-	dir, err := os.MkdirTemp("", "dp")
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 1
-	}
-	defer os.RemoveAll(dir)
-	// Other users run it too.
-	if err := os.Chmod(dir, 0o755); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 1
-	}
-	build := exec.Command("go", "build", "-ldflags", "-X main.version=v0.0.0-test", "-o", dir, "../../cmd/deputy")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		fmt.Fprintf(os.Stderr, "build deputy: %v\n%s", err, out)
-		return 1
-	}
-	binaries = dir
-	return m.Run()
-}
-
-// look stats the source of the binary. The go command takes a result from its
-// cache unless a file that the test looked at has changed, and of the compiler's
-// doing it knows nothing.
-func look(root string) error {
-	return filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
-		switch {
-		case err != nil:
-			return err
-		case d.IsDir() && (d.Name() == ".git" || d.Name() == "bin" || d.Name() == "test"):
-			return fs.SkipDir
-		case filepath.Ext(path) == ".go" || d.Name() == "go.mod":
-			_, err = os.Stat(path)
-		}
-		return err
-	})
+	code := m.Run()
+	binary.Remove()
+	os.Exit(code)
 }
 
 func TestScripts(t *testing.T) {
@@ -84,6 +41,7 @@ func TestScripts(t *testing.T) {
 	if err := os.Chmod(root, 0o755); err != nil {
 		t.Fatal(err)
 	}
+	binaries := filepath.Dir(binary.Deputy(t))
 	testscript.Run(t, testscript.Params{
 		Dir:                 ".",
 		WorkdirRoot:         root,

@@ -6,13 +6,14 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/deputy-id/deputy/test/binary"
 )
 
 // terminal opens a pseudo-terminal: ours is the keyboard and the screen.
@@ -40,7 +41,7 @@ func terminal(t *testing.T) (ours, theirs *os.File) {
 
 func TestExecGetsAnInterruptOfTheTerminalOnce(t *testing.T) {
 	ours, theirs := terminal(t)
-	cmd := exec.Command(filepath.Join(binaries, "deputy"), "exec", "--socket", "/none", "--",
+	cmd := exec.Command(binary.Deputy(t), "exec", "--socket", "/none", "--",
 		"sh", "-c", `trap 'echo got' INT; echo ready; i=0; while [ $i -lt 10 ]; do sleep 0.1; i=$((i+1)); done; echo done; exit 5`)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = theirs, theirs, theirs
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}

@@ -37,7 +37,7 @@ lint: ## Check formatting, vet and static analysis
 
 race: build
 	@echo "== unit, script and integration tests, fuzz seeds, race detector (the first build takes some minutes)"
-	CGO_ENABLED=1 $(GO) test -race -timeout 20m ./...
+	GORACE=atexit_sleep_ms=0 CGO_ENABLED=1 $(GO) test -race -timeout 20m ./...
 
 peers: build
 	@echo "== stock third parties (the first build of SPIRE takes some minutes)"

@@ -159,7 +159,7 @@ func parseIdentity(status []byte) (identity, error) {
 		}
 	}
 	if len(seen) != 3 {
-		return identity{}, errors.New("Uid, Gid or Groups is missing")
+		return identity{}, errors.New("no line for each of Uid, Gid and Groups")
 	}
 	return id, nil
 }

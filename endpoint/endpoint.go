@@ -123,9 +123,8 @@ const (
 
 // options are those of both servers. Buffers are small, because there may be a
 // connection for each of ten thousand processes and a request has a hundred
-// bytes; the write buffer is shared, because nobody writes most of the time.
-// Windows are static: requests are too small for an estimate of the bandwidth
-// to be worth its pings.
+// bytes; gRPC takes write buffers from a pool by itself. Windows are static:
+// requests are too small for an estimate of the bandwidth to be worth its pings.
 func (s *Server) options(h *handshaker, more ...grpc.ServerOption) []grpc.ServerOption {
 	return append([]grpc.ServerOption{
 		grpc.Creds(h),
@@ -135,7 +134,6 @@ func (s *Server) options(h *handshaker, more ...grpc.ServerOption) []grpc.Server
 		grpc.MaxHeaderListSize(maxHeaders),
 		grpc.ReadBufferSize(4 << 10),
 		grpc.WriteBufferSize(16 << 10),
-		grpc.SharedWriteBuffer(true),
 		grpc.StaticStreamWindowSize(64 << 10),
 		grpc.StaticConnWindowSize(128 << 10),
 		grpc.ConnectionTimeout(patience + 2*challengeTime),

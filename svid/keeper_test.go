@@ -363,7 +363,7 @@ func TestKeeperCachesTokensPerAudienceSet(t *testing.T) {
 		}
 		fresh := e
 		fresh.JWTFresh = true
-		if mint(fresh, "x", "y").Token == mint(fresh, "x", "y").Token {
+		if one, another := mint(fresh, "x", "y"), mint(fresh, "x", "y"); one.Token == another.Token {
 			t.Error("fresh tokens are equal")
 		}
 		time.Sleep(150*time.Second - time.Millisecond)

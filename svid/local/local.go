@@ -4,8 +4,8 @@
 // bundle is not older than a third of a key's life can verify what it signs.
 //
 // It defends against keys that are lost or half-written in a crash, against a
-// key that signs before it is stored and published, and against two daemons on
-// one directory. It does not defend against who can read that directory: a
+// key that signs before it is stored and published, against a clock that is
+// wrong for a while, and against two daemons on one directory. It does not defend against who can read that directory: a
 // daemon of an ordinary user shares its keys with all of that user's processes
 // (see Warning).
 //
@@ -72,9 +72,10 @@ type Authority struct {
 	signing   atomic.Pointer[signing]
 	rotated   chan struct{} // tells Run that the times are others
 
-	mu       sync.Mutex // guards what follows, and the files
-	state    *state     // as stored; immutable
-	failure  error      // of the last rotation
+	mu       sync.Mutex           // guards what follows, and the files
+	state    *state               // as stored; immutable
+	ends     map[string]time.Time // of keys, by the monotonic clock
+	failure  error                // of the last rotation
 	failedAt time.Time
 }
 

@@ -46,7 +46,7 @@ func (a *Authority) Run(ctx context.Context) error {
 		} else {
 			retry = retryFirst
 			a.mu.Lock()
-			wait = min(max(a.state.next().Sub(now.Round(0)), time.Millisecond), lookAgain)
+			wait = min(max(a.state.next(now).Sub(now.Round(0)), time.Millisecond), lookAgain)
 			a.mu.Unlock()
 		}
 		timer.Reset(wait)
@@ -61,6 +61,38 @@ func (a *Authority) rotate(now time.Time) error {
 	err := a.rotateLocked(now.Round(0)) // certificates and files know the wall clock alone
 	a.failure, a.failedAt = err, time.Now()
 	return err
+}
+
+// watchEnds notes when keys that are new to it will have ended whatever becomes
+// of the wall clock: by the monotonic one, after the life that they seem to
+// have left, which is no more than all of it and, for one that seems to have
+// ended, as much as what it signed may have left. The caller holds mu, or is Open.
+func (a *Authority) watchEnds(s *state, now time.Time) {
+	all := slices.Concat(s.X509.all(), s.JWT.all())
+	ends := make(map[string]time.Time, len(all))
+	for _, k := range all {
+		end, known := a.ends[k.ID]
+		if !known {
+			left := k.Expires.Sub(now)
+			if left <= 0 {
+				left = k.life() / share
+			}
+			end = time.Now().Add(min(left, k.life()))
+		}
+		ends[k.ID] = end
+	}
+	a.ends = ends
+}
+
+// ended reports whether a key, and all that it signed, has ended for sure: by
+// both clocks. A clock that runs ahead for an hour must not cost anybody an
+// authority; one that is not valid yet was made by such a clock.
+func (a *Authority) ended(s *slot, now time.Time) bool {
+	end, known := a.ends[s.ID]
+	if !known || time.Now().Before(end) {
+		return false
+	}
+	return !now.Before(s.Expires) || now.Before(s.start())
 }
 
 // rotateNow is rotate for a caller who cannot sign otherwise. It is not tried
@@ -78,13 +110,14 @@ func (a *Authority) rotateNow() error {
 
 func (a *Authority) rotateLocked(now time.Time) error {
 	next := *a.state
+	a.watchEnds(&next, now)
 	var failed error
 	for _, k := range []struct {
 		name  string
 		slots *slots
 		make  func(time.Time) (*slot, error)
 	}{{"X.509", &next.X509, a.makeCA}, {"JWT", &next.JWT, a.makeJWTKey}} {
-		forced, err := k.slots.step(now, k.make)
+		forced, err := k.slots.step(now, func(o *slot) bool { return a.ended(o, now) }, k.make)
 		if err != nil && failed == nil {
 			failed = fmt.Errorf("rotate %s key: %w", k.name, err)
 		}

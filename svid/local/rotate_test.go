@@ -139,9 +139,15 @@ func TestRestartKeepsTheBundle(t *testing.T) {
 		verify(t, c, before)
 		c.Close()
 
-		// Off until all has ended.
+		// Off until all has ended, if the clock is right: what is not sure of
+		// that goes as soon as nothing that it signed can be alive.
 		time.Sleep(30 * 24 * time.Hour)
 		d := open(t, Options{DataDir: dir})
+		verify(t, d, bundleOf(d))
+		time.Sleep(4 * time.Hour)
+		if err := d.rotate(time.Now()); err != nil {
+			t.Fatal(err)
+		}
 		if got := bundleOf(d); len(got.X509Authorities) != 1 || got.Sequence <= before.Sequence+1 {
 			t.Errorf("got %d authorities, sequence %d, want a new key alone", len(got.X509Authorities), got.Sequence)
 		}
@@ -367,6 +373,92 @@ func TestClockThatIsSetBackLosesNothing(t *testing.T) {
 	}
 }
 
+// A clock that is wrong for a while, also over a restart, puts other keys to
+// use and takes none away: afterwards the first ones sign again.
+func TestClockThatWasWrongForAWhileLosesNothing(t *testing.T) {
+	const year = 365 * 24 * time.Hour
+	for name, wrong := range map[string]time.Duration{"ahead": 10 * year, "behind": -50 * year, "a day ahead": 25 * time.Hour} {
+		t.Run(name, func(t *testing.T) {
+			o := Options{DataDir: t.TempDir()}
+			a := open(t, o)
+			// The next keys are prepared already, so that they are at stake too.
+			now := time.Now().Add(13 * time.Hour)
+			step := func(at time.Time) {
+				t.Helper()
+				if err := a.rotate(at); err != nil {
+					t.Fatal(err)
+				}
+				if !a.state.X509.Active.usable(at.Round(0)) || !a.state.JWT.Active.usable(at.Round(0)) {
+					t.Fatal("nothing can sign")
+				}
+			}
+			step(now)
+			before, was := bundleOf(a), a.state
+			kept := func() {
+				t.Helper()
+				after := bundleOf(a)
+				for _, c := range before.X509Authorities {
+					if !slices.ContainsFunc(after.X509Authorities, c.Equal) {
+						t.Error("an X.509 authority was lost")
+					}
+				}
+				for id := range before.JWTAuthorities {
+					if after.JWTAuthorities[id] == nil {
+						t.Error("a JWT authority was lost")
+					}
+				}
+			}
+			for range 3 {
+				step(now.Add(wrong))
+				kept()
+			}
+			a.Close()
+			a = open(t, o) // at the right time, near enough
+			kept()
+			step(now)
+			kept()
+			if got, want := a.state.X509.Active.ID, was.X509.Active.ID; got != want {
+				t.Errorf("got CA %s, want %s as before", got, want)
+			}
+			if got, want := a.state.JWT.Active.ID, was.JWT.Active.ID; got != want {
+				t.Errorf("got JWT key %s, want %s as before", got, want)
+			}
+			if got, want := a.state.X509.Prepared.ID, was.X509.Prepared.ID; got != want {
+				t.Errorf("got prepared CA %s, want %s as before", got, want)
+			}
+			verify(t, a, bundleOf(a))
+		})
+	}
+}
+
+// What a clock that was wrong left behind goes when the monotonic clock says
+// that it ended, too.
+func TestKeysOfAWrongClockAreDropped(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		a := open(t, Options{})
+		for _, wrong := range []time.Duration{10 * 365 * 24 * time.Hour, -10 * 365 * 24 * time.Hour, 0} {
+			if err := a.rotate(time.Now().Add(wrong)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if got := len(bundleOf(a).X509Authorities); got != 3 {
+			t.Fatalf("got %d authorities, want the first and those of the two wrong times", got)
+		}
+		ended := make(chan error)
+		go func() { ended <- a.Run(ctx) }()
+		time.Sleep(3 * 24 * time.Hour)
+		synctest.Wait()
+		for _, s := range append(a.state.X509.all(), a.state.JWT.all()...) {
+			if d := time.Since(s.Created).Abs(); d > 2*24*time.Hour {
+				t.Errorf("key of %s is still there at %s", s.Created, time.Now())
+			}
+		}
+		cancel()
+		<-ended
+	})
+}
+
 func TestOptionsThatCannotBe(t *testing.T) {
 	for name, o := range map[string]Options{
 		"no trust domain":      {},
@@ -469,7 +561,7 @@ func FuzzDecodeState(f *testing.F) {
 		if s2, err := decodeState(again, td); err != nil || !s2.equal(s) {
 			t.Errorf("got %v after a round trip", err)
 		}
-		s.next()
+		s.next(time.Now())
 	})
 }
 

@@ -77,31 +77,53 @@ func (s *slots) all() []*slot {
 	return all
 }
 
+// take removes from the old keys the first to end of those that can still sign
+// and end after the time, and returns it; nil if there is none.
+func (s *slots) take(now, after time.Time) *slot {
+	at := -1
+	for i, o := range s.Old {
+		if o.usable(now) && o.Expires.After(after) && (at < 0 || o.Expires.Before(s.Old[at].Expires)) {
+			at = i
+		}
+	}
+	if at < 0 {
+		return nil
+	}
+	o := s.Old[at]
+	s.Old = slices.Delete(s.Old, at, at+1)
+	return o
+}
+
 // step does what is due at the time, and reports whether it had to let a key
 // sign that nobody knows yet, because those of before cannot. What fails to be
 // made is left for the next step; the rest is done.
-func (s *slots) step(now time.Time, make func(time.Time) (*slot, error)) (forced bool, err error) {
-	s.Old = slices.DeleteFunc(slices.Clone(s.Old), func(o *slot) bool { return !now.Before(o.Expires) })
-	retire := func(o *slot) {
-		if o != nil && now.Before(o.Expires) {
-			s.Old = append(s.Old, o.retired())
+//
+// Time may be wrong for a while: a key that it puts out of use keeps its private
+// half, and serves again when the clock is right. Only what has ended for sure
+// is dropped.
+func (s *slots) step(now time.Time, ended func(*slot) bool, make func(time.Time) (*slot, error)) (forced bool, err error) {
+	s.Old = slices.DeleteFunc(slices.Clone(s.Old), ended)
+	keep := func(o *slot) {
+		if !ended(o) {
+			s.Old = append(s.Old, o)
 		}
 	}
-	// A clock that was set back by more than the backdate finds keys that are
-	// not valid yet. They stay in the bundle, for what they signed.
 	if s.Prepared != nil && !s.Prepared.usable(now) {
-		retire(s.Prepared)
+		keep(s.Prepared)
 		s.Prepared = nil
 	}
 	if s.Active != nil && !s.Active.usable(now) {
 		next := s.Prepared
+		if next == nil {
+			next = s.take(now, now)
+		}
 		if next == nil {
 			if next, err = make(now); err != nil {
 				return false, err
 			}
 			forced = true
 		}
-		retire(s.Active)
+		keep(s.Active)
 		s.Active, s.Prepared = next, nil
 	}
 	if s.Active == nil {
@@ -110,9 +132,11 @@ func (s *slots) step(now time.Time, make func(time.Time) (*slot, error)) (forced
 		}
 	}
 	if s.Prepared == nil && !now.Before(s.Active.prepareAt()) {
-		next, err := make(now)
-		if err != nil {
-			return forced, err
+		next := s.take(now, s.Active.Expires)
+		if next == nil {
+			if next, err = make(now); err != nil {
+				return forced, err
+			}
 		}
 		if !next.Expires.After(s.Active.Expires) {
 			return forced, fmt.Errorf("a new key would end at %s, no later than the one it follows", next.Expires.Format(time.RFC3339))
@@ -120,20 +144,21 @@ func (s *slots) step(now time.Time, make func(time.Time) (*slot, error)) (forced
 		s.Prepared = next
 	}
 	if s.Prepared != nil && !now.Before(s.Active.activateAt(s.Prepared)) {
-		retire(s.Active)
+		keep(s.Active.retired())
 		s.Active, s.Prepared = s.Prepared, nil
 	}
 	return forced, nil
 }
 
-// next is when the next step is due.
-func (s *slots) next() time.Time {
+// next is when the next step is due, as far as the time of day says. What has
+// passed its end and is kept is for the looks between to drop.
+func (s *slots) next(now time.Time) time.Time {
 	at := s.Active.prepareAt()
 	if s.Prepared != nil {
 		at = s.Active.activateAt(s.Prepared)
 	}
 	for _, o := range s.Old {
-		if o.Expires.Before(at) {
+		if o.Expires.After(now) && o.Expires.Before(at) {
 			at = o.Expires
 		}
 	}

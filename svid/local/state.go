@@ -27,8 +27,8 @@ type state struct {
 	X509, JWT slots
 }
 
-func (s *state) next() time.Time {
-	x, j := s.X509.next(), s.JWT.next()
+func (s *state) next(now time.Time) time.Time {
+	x, j := s.X509.next(now), s.JWT.next(now)
 	if j.Before(x) {
 		return j
 	}
@@ -190,7 +190,7 @@ func decodeSlot(j *slotJSON, ca, signs bool) (*slot, error) {
 	if s.ID, err = keyID(pub); err != nil {
 		return nil, errors.New("public key cannot be read")
 	}
-	if signs {
+	if signs || len(j.Key) > 0 {
 		key, err := x509.ParsePKCS8PrivateKey(j.Key)
 		if err != nil {
 			return nil, errors.New("private key cannot be read")
@@ -200,8 +200,6 @@ func decodeSlot(j *slotJSON, ca, signs bool) (*slot, error) {
 			return nil, errors.New("private and public key are not a pair")
 		}
 		s.key = signer
-	} else if len(j.Key) > 0 {
-		return nil, errors.New("has a private key although it signs no more")
 	}
 	if s.chain, err = parseCertificates(j.Chain); err != nil {
 		return nil, err

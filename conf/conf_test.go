@@ -180,14 +180,17 @@ attestor "docker" { socket = "/run/docker.sock" }
 
 func TestWhatIsRightIsThereBesideAnError(t *testing.T) {
 	c, _, err := Load(write(t, `
-entry "/bad" { selectors = 1 }
+entry "/half" {
+  selectors = ["unix:uid:1"]
+  x509_ttl  = "1ms"
+}
 entry "/good" { selectors = ["unix:uid:1"] }
 `), base(t))
 	if err == nil {
 		t.Fatal("got no error")
 	}
-	if len(c.Entries) != 1 || c.Entries[0].Path.Value != "/good" {
-		t.Errorf("got %+v, want the good entry alone", c.Entries)
+	if len(c.Entries) != 2 || c.Entries[0].Path.Value != "/half" || len(c.Entries[0].Selectors) != 1 || c.Entries[0].X509TTL.Given() || c.Entries[1].Path.Value != "/good" {
+		t.Errorf("got %+v, want both entries, the first without its TTL", c.Entries)
 	}
 }
 

@@ -31,7 +31,8 @@ const (
 // use.
 //
 // The error is a Problems if it is the content that is wrong. Then the Config,
-// if there is one, lacks what is wrong, and serves only to look for more.
+// if there is one, lacks the values that are wrong, and serves only to look for
+// more.
 func Load(path string, base *Config) (c *Config, warnings Problems, err error) {
 	src, err := read(path)
 	if err != nil {
@@ -285,15 +286,14 @@ func (l *loader) entry(b *hclsyntax.Block, similar map[string]hcl.Range) {
 	} else if t, ok := a.Expr.(*hclsyntax.TupleConsExpr); ok && len(t.Exprs) == 0 {
 		l.problems.Add(a.Expr.Range(), "the list is empty: the entry would be everybody's")
 	}
-	if len(l.problems) > before {
-		return
+	if len(l.problems) == before {
+		key := e.similarity()
+		if first, ok := similar[key]; ok {
+			l.problems.Add(e.Range, "the entry at line %d has the same path and selectors", first.Start.Line)
+		} else {
+			similar[key] = e.Range
+		}
 	}
-	key := e.similarity()
-	if first, ok := similar[key]; ok {
-		l.problems.Add(e.Range, "the entry at line %d has the same path and selectors", first.Start.Line)
-		return
-	}
-	similar[key] = e.Range
 	l.c.Entries = append(l.c.Entries, e)
 }
 

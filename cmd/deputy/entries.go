@@ -5,6 +5,8 @@ import (
 	"os"
 	"slices"
 
+	"github.com/hashicorp/hcl/v2"
+
 	"github.com/deputy-id/deputy/attestor"
 	"github.com/deputy-id/deputy/conf"
 	"github.com/deputy-id/deputy/svid/registry"
@@ -31,7 +33,7 @@ func load(file string) (*settings, error) {
 	}
 	s := &settings{Config: c, warnings: warnings}
 	if c != nil {
-		problems = append(slices.Clone(problems), s.check()...)
+		problems = s.check(slices.Clone(problems))
 	}
 	s.warnings.Sort()
 	if len(problems) > 0 {
@@ -41,9 +43,11 @@ func load(file string) (*settings, error) {
 	return s, nil
 }
 
-// check turns the entries into the registry's, and places what attestors and
-// registry have to say about them.
-func (s *settings) check() (problems conf.Problems) {
+// check turns the entries into the registry's, and adds what attestors and
+// registry have to say about them to the problems, unless the same place has
+// one already.
+func (s *settings) check(problems conf.Problems) conf.Problems {
+	said := slices.Clone(problems)
 	for i := range s.Entries {
 		e := &s.Entries[i]
 		entry, selectorsFine := s.entry(e, &problems)
@@ -51,10 +55,13 @@ func (s *settings) check() (problems conf.Problems) {
 		var faults registry.Faults
 		if errors.As(err, &faults) {
 			for _, f := range faults {
-				if f.Field == "selectors" && !selectorsFine {
-					continue // said already, at the selector itself
+				at := e.At(f.Field)
+				switch {
+				case f.Field == "selectors" && !selectorsFine: // said at the selector itself
+				case slices.ContainsFunc(said, func(p conf.Problem) bool { return within(p.Range, at) }):
+				default:
+					problems.Add(at, "%s", f.Reason)
 				}
-				problems.Add(e.At(f.Field), "%s", f.Reason)
 			}
 			continue
 		}
@@ -76,6 +83,11 @@ func (s *settings) check() (problems conf.Problems) {
 		s.entries = append(s.entries, checked)
 	}
 	return problems
+}
+
+// within reports whether a range of the file lies in another.
+func within(r, in hcl.Range) bool {
+	return r.Filename == in.Filename && r.Start.Byte >= in.Start.Byte && r.End.Byte <= in.End.Byte
 }
 
 // entry is an entry of the file as one of the registry's, unchecked but for

@@ -24,13 +24,18 @@ type Limits struct {
 	Mints            int // of an owner in a second
 }
 
+// connDescriptors is what a connection costs when each is of another process:
+// its socket, and of the process the pidfd, the directory and the memory.
+const connDescriptors = 4
+
 // DefaultLimits are made for a process that may have so many descriptors open
 // and runs on so many CPUs. A quarter of the descriptors, at least 64, is kept
-// back for the database, the runtimes and the administrators.
+// back for the database, the runtimes and the administrators, and another
+// quarter for processes that are pinned without a connection.
 func DefaultLimits(descriptors uint64, cpus int) Limits {
-	reserve := max(descriptors/4, 64)
+	reserve := max(descriptors/4, 64) + descriptors/4
 	free := descriptors - min(reserve, descriptors)
-	conns := int(min(free/2, 65536)) // beside each socket, room for a process's pidfd and directory
+	conns := int(min(free/connDescriptors, 65536))
 	return Limits{
 		Connections:      max(conns, 16),
 		OwnerConnections: max(conns*3/4, 8),

@@ -12,10 +12,12 @@ import (
 
 // What a Table keeps of processes that nobody holds. An agent that opens a
 // connection per call comes back within the minute; the number bounds the
-// descriptors (three each) that processes which do not come back may cost.
+// descriptors (three each) that processes which do not come back may cost, and
+// is lower where that would be more than a fifth of those that we may have.
 const (
-	idleTime = 60 * time.Second
-	idleMost = 1024
+	idleTime  = 60 * time.Second
+	idleMost  = 1024
+	idleShare = 16 // of as many descriptors one process
 )
 
 // A Table holds every pinned process once, however many connections it has.
@@ -59,7 +61,7 @@ func newTable(kernel features) (*Table, error) {
 	t := &Table{
 		kernel:   kernel,
 		idleTime: idleTime,
-		idleMost: idleMost,
+		idleMost: mostIdle(),
 		byID:     make(map[uint64]*Process),
 		numbers:  make(map[incarnation]uint64),
 	}
@@ -74,6 +76,15 @@ func newTable(kernel features) (*Table, error) {
 	}
 	t.watch = watch
 	return t, nil
+}
+
+// mostIdle is idleMost, or what the limit of descriptors allows.
+func mostIdle() int {
+	var l unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &l); err != nil {
+		return 1
+	}
+	return int(min(l.Cur/idleShare, idleMost))
 }
 
 // Open pins the process that has this PID now. The caller closes it.

@@ -27,6 +27,7 @@ const database = "entries.db"
 type daemon struct {
 	file     string
 	settings *settings // those that are in force; after the start, of the reload's goroutine
+	reloads  *reloads
 	log      hclog.Logger
 	store    *registry.Store
 }
@@ -42,6 +43,9 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	c := d.settings.Config
 	for _, w := range d.settings.warnings {
 		d.log.Warn("doubtful configuration", "at", position(w), "reason", w.Reason)
+	}
+	if d.reloads.blind != nil {
+		d.log.Warn("configuration file is not watched, only SIGHUP reloads it", "error", d.reloads.blind)
 	}
 
 	group, err := adminGroup(c)
@@ -98,7 +102,7 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	if err := makeDirs(c, group); err != nil {
 		return err
 	}
-	workload, err := peer.Listen(c.WorkloadSocket.Path.Value, table, peer.Options{Mode: 0o666, Group: -1, Admit: server.Admit})
+	workload, err := peer.Listen(c.WorkloadSocket.Path.Value, table, peer.Options{Mode: 0o666, Group: -1, Admit: server.Admit, Log: d.log})
 	if err != nil {
 		return err
 	}
@@ -107,24 +111,18 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	if group >= 0 {
 		mode = 0o660
 	}
-	admin, err := peer.Listen(c.AdminSocket.Path.Value, table, peer.Options{Mode: mode, Group: group})
+	admin, err := peer.Listen(c.AdminSocket.Path.Value, table, peer.Options{Mode: mode, Group: group, Log: d.log})
 	if err != nil {
 		return err
 	}
 	opened = append(opened, closing(admin))
-	reloads, err := newReloads(d.file)
-	if err != nil {
-		return err
-	}
-	opened = append(opened, reloads.Close)
-
 	work, ctx := errgroup.WithContext(ctx)
 	work.Go(func() error { return server.Run(ctx) })
 	work.Go(func() error { return server.ServeWorkload(workload) })
 	work.Go(func() error { return server.ServeAdmin(admin) })
 	work.Go(func() error { return authority.Run(ctx) })
 	work.Go(func() error { return d.store.Run(ctx) })
-	work.Go(func() error { return d.follow(ctx, reloads) })
+	work.Go(func() error { return d.follow(ctx, d.reloads) })
 
 	set, _ := d.store.Set()
 	d.log.Info("started", "version", version, "trust_domain", c.TrustDomain.Value.Name(), "entries", set.Len(),

@@ -18,8 +18,12 @@ import (
 )
 
 // settle is how long a file must have been left alone before it is read: an
-// editor writes in several steps.
-const settle = 100 * time.Millisecond
+// editor writes in several steps. In a directory where something happens all
+// the time nobody waits for that longer than patience.
+const (
+	settle   = 100 * time.Millisecond
+	patience = time.Second
+)
 
 // reloads are the occasions to read the file again: SIGHUP, and changes in its
 // directory, since an editor puts a new file in the place of the old.
@@ -28,24 +32,32 @@ type reloads struct {
 	content []byte // as it was read last
 	hup     chan os.Signal
 	watcher *fsnotify.Watcher // nil without a file
+	blind   error             // why the file is not watched
 }
 
-func newReloads(file string) (*reloads, error) {
+func newReloads(file string) *reloads {
 	r := &reloads{file: file, hup: make(chan os.Signal, 1)}
 	if file != "" {
-		w, err := fsnotify.NewWatcher()
-		if err != nil {
-			return nil, fmt.Errorf("watch %s: %w", file, err)
+		if r.watcher, r.blind = fsnotify.NewWatcher(); r.blind == nil {
+			r.blind = r.watch()
 		}
-		if err := w.Add(filepath.Dir(file)); err != nil {
-			w.Close()
-			return nil, fmt.Errorf("watch %s: %w", file, err)
-		}
-		r.watcher = w
 		r.content, _ = os.ReadFile(file)
 	}
 	signal.Notify(r.hup, syscall.SIGHUP)
-	return r, nil
+	return r
+}
+
+// watch watches the file's directory and, where the file is a link, that of
+// what it leads to, which may be another one after each change.
+func (r *reloads) watch() error {
+	if err := r.watcher.Add(filepath.Dir(r.file)); err != nil {
+		return err
+	}
+	target, err := filepath.EvalSymlinks(r.file)
+	if err != nil {
+		return nil // who reads the file says what is wrong with it
+	}
+	return r.watcher.Add(filepath.Dir(target))
 }
 
 func (r *reloads) Close() error {
@@ -78,6 +90,13 @@ func (d *daemon) follow(ctx context.Context, r *reloads) error {
 	if !quiet.Stop() {
 		<-quiet.C
 	}
+	var since time.Time // of the first event that is waited after; zero: none
+	wait := func() {
+		if since.IsZero() {
+			since = time.Now()
+		}
+		quiet.Reset(min(settle, max(patience-time.Since(since), 0)))
+	}
 	for {
 		select {
 		case <-ctx.Done():
@@ -90,11 +109,15 @@ func (d *daemon) follow(ctx context.Context, r *reloads) error {
 			r.changed()
 			d.reload()
 		case <-events:
-			quiet.Reset(settle)
+			wait()
 		case err := <-lost:
-			d.log.Warn("a change of the configuration file may have been missed", "error", err)
-			quiet.Reset(settle)
+			d.log.Warn("changes of the configuration file may be missed", "error", err)
+			wait()
 		case <-quiet.C:
+			since = time.Time{}
+			if err := r.watch(); err != nil {
+				d.log.Warn("changes of the configuration file may be missed", "error", err)
+			}
 			if r.changed() {
 				d.reload()
 			}

@@ -31,13 +31,16 @@ a mistake changes nothing.`,
 			if err := harden(); err != nil {
 				return err
 			}
+			// Watched before it is read: no change is missed in between.
+			r := newReloads(file)
+			defer r.Close()
 			s, err := load(file)
 			if err != nil {
 				return located(cmd, err)
 			}
 			ctx, stop := untilStopped(cmd.Context())
 			defer stop()
-			d := &daemon{file: file, settings: s, log: newLog(os.Stderr, s.Config)}
+			d := &daemon{file: file, settings: s, reloads: r, log: newLog(os.Stderr, s.Config)}
 			return d.run(ctx)
 		},
 	}

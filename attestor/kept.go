@@ -126,6 +126,11 @@ func lookAt(p *peer.Process) (look, error) {
 	return l, nil
 }
 
+// opened reports whether what was looked at is what opened the connection.
+func (l *look) opened(c *peer.Conn) bool {
+	return l.program == c.Program() && l.info.Credentials == c.Credentials()
+}
+
 // holds returns nil if the process is still what it was.
 func (l *look) holds(p *peer.Process) error {
 	info, err := p.Info()

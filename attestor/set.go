@@ -67,6 +67,20 @@ func (s *Set) Attest(ctx context.Context, p *peer.Process) (*Evidence, error) {
 	return s.join(ctx, p, r)
 }
 
+// Kept is Attest without the gathering, for the process of a connection: it
+// returns what was kept while that may be used, and nil where the sources would
+// have to be asked. The one look that this takes answers for the connection as
+// well: what is returned is evidence of the program and the credentials that
+// opened it, and they are those of the process now, as by peer.Conn.Check.
+func (s *Set) Kept(c *peer.Conn) *Evidence {
+	p := c.Process()
+	k := s.record(p).kept.Load()
+	if k == nil || !k.evidence.Demand.Covers(s.demand()) || !k.look.opened(c) || k.holds(p) != nil {
+		return nil
+	}
+	return k.evidence
+}
+
 // Refresh is Attest without what was kept: for the rotation of a key.
 func (s *Set) Refresh(ctx context.Context, p *peer.Process) (*Evidence, error) {
 	return s.join(ctx, p, s.record(p))

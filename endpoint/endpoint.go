@@ -46,6 +46,7 @@ import (
 
 // attestors say what is known of a process; attestor.Set is what does.
 type attestors interface {
+	Kept(*peer.Conn) *attestor.Evidence
 	Attest(context.Context, *peer.Process) (*attestor.Evidence, error)
 	Refresh(context.Context, *peer.Process) (*attestor.Evidence, error)
 }

@@ -67,6 +67,16 @@ func (e *evidence) fresh() {
 	e.now = &next
 }
 
+// Kept is as of evidence that is there and of a connection that is as it was.
+func (e *evidence) Kept(c *peer.Conn) *attestor.Evidence {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.err != nil || c.Check() != nil {
+		return nil
+	}
+	return e.now
+}
+
 func (e *evidence) Attest(context.Context, *peer.Process) (*attestor.Evidence, error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()

@@ -82,8 +82,11 @@ var codeOf = []struct {
 
 // code returns the gRPC code of an error.
 func code(err error) codes.Code {
-	if err == nil {
+	switch err {
+	case nil:
 		return codes.OK
+	case context.Canceled: // the client left, as nearly every stream ends
+		return codes.Canceled
 	}
 	for _, c := range codeOf {
 		if errors.Is(err, c.err) {
@@ -114,6 +117,8 @@ func workloadStatus(err error) error {
 		return status.Error(c, "identity is not known for now")
 	case c == codes.Internal:
 		return status.Error(c, "identity could not be issued")
+	case c == codes.Canceled:
+		return status.Error(c, err.Error())
 	}
 	if s, ok := status.FromError(err); ok {
 		return s.Err()

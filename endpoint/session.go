@@ -184,17 +184,16 @@ func (r *refresh) failed() bool {
 // now. because is nil, or what makes kept evidence too old. The channel closes
 // when entries changed.
 func (s *Server) identify(ctx context.Context, l *link, because any) (*view, <-chan struct{}, error) {
-	if err := s.check(l); err != nil {
-		return nil, nil, err
-	}
 	set, stale := s.Registry.Set()
-	ev, err := s.attest(ctx, l, because)
-	if err != nil {
-		return nil, nil, err
+	var ev *attestor.Evidence
+	if because == nil {
+		ev = s.Attestors.Kept(l.Conn)
 	}
-	// Whoever executed another program meanwhile was not what was attested.
-	if err := s.check(l); err != nil {
-		return nil, nil, err
+	if ev == nil {
+		var err error
+		if ev, err = s.attest(ctx, l, because); err != nil {
+			return nil, nil, err
+		}
 	}
 	if err := l.seat.move(ev.Owner); err != nil {
 		l.GoAway(err.Error())
@@ -203,7 +202,11 @@ func (s *Server) identify(ctx context.Context, l *link, because any) (*view, <-c
 	return l.session.match(ev, set), stale, nil
 }
 
+// attest asks what the process is, and that it was the same before and after.
 func (s *Server) attest(ctx context.Context, l *link, because any) (*attestor.Evidence, error) {
+	if err := s.check(l); err != nil {
+		return nil, err
+	}
 	var ev *attestor.Evidence
 	var err error
 	turn := l.seat.account().attesting
@@ -216,7 +219,11 @@ func (s *Server) attest(ctx context.Context, l *link, because any) (*attestor.Ev
 	if err != nil && code(err) == codes.Internal {
 		err = fmt.Errorf("%w: %v", errUnknown, err) // the process did not hold still
 	}
-	return ev, err
+	if err != nil {
+		return nil, err
+	}
+	// Whoever executed another program meanwhile was not what was attested.
+	return ev, s.check(l)
 }
 
 // check closes a connection that no longer belongs to the program that opened

@@ -8,9 +8,9 @@ import (
 	"os/user"
 	"path/filepath"
 	"strconv"
-	"syscall"
 
 	"github.com/deputy-id/deputy/conf"
+	"github.com/deputy-id/deputy/internal/owned"
 )
 
 // makeDirs makes the directories of the sockets: the public one for everybody
@@ -29,11 +29,14 @@ func makeDirs(c *conf.Config, group int) error {
 
 // makeDir makes a directory with this mode, and its parents so that everybody
 // can pass. One that is there stays as it is, but must not let others replace
-// the socket in it: they could answer in our place.
+// the socket in it: they could answer in our place. Neither must the way to it.
 func makeDir(dir string, mode os.FileMode, group int) error {
 	info, err := os.Stat(dir)
 	if errors.Is(err, fs.ErrNotExist) {
-		return createDir(dir, mode, group)
+		if err := createDir(dir, mode, group); err != nil {
+			return err
+		}
+		info, err = os.Stat(dir)
 	}
 	if err != nil {
 		return fmt.Errorf("make directory: %w", err)
@@ -41,12 +44,15 @@ func makeDir(dir string, mode os.FileMode, group int) error {
 	if !info.IsDir() {
 		return fmt.Errorf("make directory: %s is none", dir)
 	}
-	owner := info.Sys().(*syscall.Stat_t).Uid
-	if owner != 0 && int(owner) != os.Geteuid() {
-		return fmt.Errorf("directory %s belongs to UID %d, who could put another socket in the place of ours", dir, owner)
+	err = owned.File(dir)
+	if err == nil && info.Mode().Perm()&0o022 != 0 && info.Mode()&fs.ModeSticky == 0 {
+		err = fmt.Errorf("directory %s may be written by others (mode %04o)", dir, info.Mode().Perm())
 	}
-	if info.Mode().Perm()&0o022 != 0 && info.Mode()&fs.ModeSticky == 0 {
-		return fmt.Errorf("directory %s may be written by others (mode %04o), who could put another socket in the place of ours", dir, info.Mode().Perm())
+	if err == nil {
+		err = owned.Way(dir)
+	}
+	if err != nil {
+		return fmt.Errorf("somebody could put another socket in the place of ours: %w", err)
 	}
 	return nil
 }
@@ -59,7 +65,9 @@ func createDir(dir string, mode os.FileMode, group int) error {
 			}
 		}
 	}
-	if err := os.Mkdir(dir, mode); err != nil && !errors.Is(err, fs.ErrExist) {
+	// What somebody else put there meanwhile is not ours to give away: it may be
+	// a link, and what follows would be done to where it leads.
+	if err := os.Mkdir(dir, mode); err != nil {
 		return fmt.Errorf("make directory: %w", err)
 	}
 	if group >= 0 {

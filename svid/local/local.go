@@ -28,6 +28,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/deputy-id/deputy/internal/durable"
+	"github.com/deputy-id/deputy/internal/owned"
 	"github.com/deputy-id/deputy/internal/watch"
 	"github.com/deputy-id/deputy/svid"
 	"github.com/deputy-id/deputy/svid/registry"
@@ -177,6 +178,10 @@ func (o *Options) complete() error {
 // middle of a write left.
 func (a *Authority) prepareDir() error {
 	if err := os.MkdirAll(a.o.DataDir, 0o700); err != nil {
+		return fmt.Errorf("open data directory: %w", err)
+	}
+	// Who could put keys there would be the authority from the next start on.
+	if err := owned.Dir(a.o.DataDir); err != nil {
 		return fmt.Errorf("open data directory: %w", err)
 	}
 	lock, err := durable.Lock(a.o.DataDir)

@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/deputy-id/deputy/internal/owned"
 )
 
 const (
@@ -64,11 +66,15 @@ type slotJSON struct {
 }
 
 // readState returns what the file holds, or an empty state if there is none. A
-// file that others may read is closed to them.
+// file that others may read is closed to them; one that is another user's is
+// not believed.
 func readState(path string, td spiffeid.TrustDomain) (*state, error) {
 	data, err := readFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return &state{}, nil
+	}
+	if err == nil {
+		err = owned.File(path)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("read keys: %w", err)

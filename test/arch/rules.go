@@ -35,6 +35,7 @@ var may = map[string][]string{
 	"conf":               {},
 
 	"internal/durable":      {},
+	"internal/owned":        {},
 	"internal/watch":        {},
 	"proto/deputy/admin/v1": {},
 }

@@ -1,0 +1,89 @@
+// Package owned says whether a directory is ours: whether nobody but root and
+// the user that we run as could put there what we then find in it. A CA key that
+// another user could have laid down makes that user the authority, and a socket
+// in the place of ours answers instead of us.
+package owned
+
+import (
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"syscall"
+)
+
+// Dir returns why another user could change what a directory holds, or put
+// another directory in its place; nil if none could. The path is absolute, and
+// the directory is there.
+func Dir(path string) error {
+	info, err := os.Stat(path)
+	switch {
+	case err != nil:
+		return err
+	case !info.IsDir():
+		return fmt.Errorf("%s is not a directory", path)
+	case info.Mode().Perm()&0o022 != 0:
+		return fmt.Errorf("directory %s may be written by others (mode %04o)", path, info.Mode().Perm())
+	}
+	if err := File(path); err != nil {
+		return err
+	}
+	return Way(path)
+}
+
+// File returns an error if the file, or what a link leads to, is neither root's
+// nor ours.
+func File(path string) error {
+	info, err := os.Stat(path)
+	if err != nil {
+		return err
+	}
+	return mine(path, info)
+}
+
+// Way returns why another user could put something else in the place of path:
+// a directory or a link on the way there is that user's, or may be written by
+// everybody who likes and is not sticky. (A directory of our own that our group
+// may write is how many distributions set a user up.)
+func Way(path string) error {
+	real, err := filepath.EvalSymlinks(path)
+	if err != nil {
+		return err
+	}
+	for _, at := range slices.Concat(above(path), above(real)) {
+		info, err := os.Lstat(at)
+		if err != nil {
+			return err
+		}
+		if err := mine(at, info); err != nil {
+			return err
+		}
+		if info.IsDir() && info.Mode().Perm()&0o002 != 0 && info.Mode()&fs.ModeSticky == 0 {
+			return fmt.Errorf("directory %s may be written by everybody (mode %04o)", at, info.Mode().Perm())
+		}
+	}
+	return nil
+}
+
+// above lists the directories on the way to a path, nearest first; the path
+// itself only if it is a link.
+func above(path string) []string {
+	var dirs []string
+	if info, err := os.Lstat(path); err == nil && info.Mode()&fs.ModeSymlink != 0 {
+		dirs = append(dirs, path)
+	}
+	for dir := filepath.Dir(path); ; dir = filepath.Dir(dir) {
+		dirs = append(dirs, dir)
+		if dir == filepath.Dir(dir) {
+			return dirs
+		}
+	}
+}
+
+func mine(path string, info fs.FileInfo) error {
+	if uid := info.Sys().(*syscall.Stat_t).Uid; uid != 0 && int(uid) != os.Geteuid() {
+		return fmt.Errorf("%s belongs to UID %d", path, uid)
+	}
+	return nil
+}

@@ -1,0 +1,101 @@
+package owned
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+)
+
+const stranger = 61002
+
+// tree makes a directory below one that changes, and returns both.
+func tree(t *testing.T) (top, dir string) {
+	t.Helper()
+	if os.Getuid() != 0 {
+		if os.Getenv("CI") != "" {
+			t.Fatal("files of other users take root to make")
+		}
+		t.Skip("SKIPPED: files of other users take root to make")
+	}
+	top = filepath.Join(t.TempDir(), "top")
+	dir = filepath.Join(top, "dir")
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return top, dir
+}
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestDir(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		change func(t *testing.T, top, dir string) (path string)
+		ours   bool
+	}{
+		{"root's", func(_ *testing.T, _, dir string) string { return dir }, true},
+		{"a stranger's", func(t *testing.T, _, dir string) string {
+			must(t, os.Chown(dir, stranger, -1))
+			return dir
+		}, false},
+		{"writable by the group", func(t *testing.T, _, dir string) string {
+			must(t, os.Chmod(dir, 0o775))
+			return dir
+		}, false},
+		{"sticky and writable", func(t *testing.T, _, dir string) string {
+			must(t, os.Chmod(dir, 0o777|os.ModeSticky))
+			return dir
+		}, false},
+		{"below a stranger's", func(t *testing.T, top, dir string) string {
+			must(t, os.Chown(top, stranger, -1))
+			return dir
+		}, false},
+		{"below one that everybody may write", func(t *testing.T, top, dir string) string {
+			must(t, os.Chmod(top, 0o777))
+			return dir
+		}, false},
+		{"below a sticky one", func(t *testing.T, top, dir string) string {
+			must(t, os.Chmod(top, 0o777|os.ModeSticky))
+			return dir
+		}, true},
+		{"below one that the group may write", func(t *testing.T, top, dir string) string {
+			must(t, os.Chmod(top, 0o775))
+			return dir
+		}, true},
+		{"behind a link of root's", func(t *testing.T, top, dir string) string {
+			link := filepath.Join(top, "link")
+			must(t, os.Symlink(dir, link))
+			return link
+		}, true},
+		{"behind a link of a stranger's", func(t *testing.T, top, dir string) string {
+			link := filepath.Join(top, "link")
+			must(t, os.Symlink(dir, link))
+			must(t, os.Lchown(link, stranger, -1))
+			return link
+		}, false},
+		{"behind a link into a stranger's", func(t *testing.T, top, dir string) string {
+			link := filepath.Join(t.TempDir(), "link")
+			must(t, os.Symlink(dir, link))
+			must(t, os.Chown(top, stranger, -1))
+			return link
+		}, false},
+		{"a file", func(t *testing.T, top, _ string) string {
+			path := filepath.Join(top, "file")
+			must(t, os.WriteFile(path, nil, 0o600))
+			return path
+		}, false},
+		{"nothing", func(_ *testing.T, top, _ string) string { return filepath.Join(top, "none") }, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			top, dir := tree(t)
+			if err := Dir(c.change(t, top, dir)); (err == nil) != c.ours {
+				t.Errorf("got %v, want an error: %t", err, !c.ours)
+			}
+		})
+	}
+}

@@ -51,7 +51,13 @@ func openHost(process string) (*Host, error) {
 		return nil, fmt.Errorf("open root of the host: %w", err)
 	}
 	h.root = os.NewFile(uintptr(root), process+"/root")
-	return h, nil
+	// Where a filter refuses the call, no path would be there and nothing would
+	// say why: better not to start.
+	fd, err := h.open(".", unix.O_PATH|unix.O_DIRECTORY, 0)
+	if err != nil {
+		return nil, fmt.Errorf("call openat2 (needs Linux 5.6, and a unit without RestrictSUIDSGID): %w", err)
+	}
+	return h, unix.Close(fd)
 }
 
 // shares reports whether the process is in the host's namespaces.

@@ -2,107 +2,24 @@ package attestor
 
 import (
 	"context"
-	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
-	"time"
 
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/deputy-id/deputy/test/systemd"
 )
 
 // insideEnv tells a copy of this test that it runs beside a systemd of its own.
 const insideEnv = "DEPUTY_ATTESTOR_INSIDE"
 
-// systemdNode starts a real systemd as PID 1 of namespaces of its own, with a
-// system bus and the units of testdata/systemd, and returns its PID.
-func systemdNode(t *testing.T) int {
-	t.Helper()
-	for _, program := range []string{"/lib/systemd/systemd", "/usr/bin/dbus-daemon"} {
-		if _, err := os.Stat(program); err != nil {
-			t.Skipf("LOUD: the systemd attestor is not tested against systemd: %v", err)
-		}
-	}
-	unified, systemd := hierarchies(t)
-	units := t.TempDir()
-	if err := os.CopyFS(units, os.DirFS("testdata/systemd/units")); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Chmod(units, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	script, err := os.ReadFile("testdata/systemd/init.sh")
-	if err != nil {
-		t.Fatal(err)
-	}
-	c := exec.Command("unshare", "--pid", "--fork", "--kill-child", "--mount", "--uts", "--ipc", "--net", "--cgroup",
-		"bash", "-c", string(script), "init.sh", units, systemd, unified)
-	// The namespace's root is the cgroup in which it is made.
-	var tops []string
-	for _, mount := range []string{systemd, unified} {
-		if mount != "" {
-			top := filepath.Join(mount, fmt.Sprintf("deputy-systemd-%d", os.Getpid()))
-			if err := os.Mkdir(top, 0o755); err != nil {
-				t.Fatal(err)
-			}
-			tops = append(tops, top)
-		}
-	}
-	t.Cleanup(func() { removeTrees(t, tops) })
-	var log strings.Builder
-	c.Stdout, c.Stderr = &log, &log
-	c.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	c.Args = append([]string{"bash", "-c", `for d in ` + strings.Join(tops, " ") + `; do echo $$ >$d/cgroup.procs; done; exec "$@"`, "sh"}, c.Args...)
-	c.Path = "/bin/bash"
-	if err := c.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		c.Process.Kill() // and with it, by --kill-child, that systemd
-		c.Wait()
-		if t.Failed() {
-			t.Logf("systemd said:\n%s", log.String())
-		}
-	})
-	deadline := time.Now().Add(20 * time.Second)
-	for time.Now().Before(deadline) {
-		children, _ := os.ReadFile(fmt.Sprintf("/proc/%d/task/%[1]d/children", c.Process.Pid))
-		if pid := strings.TrimSpace(string(children)); pid != "" {
-			if exec.Command("nsenter", "-a", "-t", pid, "systemctl", "is-active", "-q", "up.target").Run() == nil {
-				return atoi(t, pid)
-			}
-		}
-		<-time.After(50 * time.Millisecond) // another program's start: there is nothing to wait on
-	}
-	t.Fatal("systemd did not come up in 20 seconds")
-	return 0
-}
-
-// removeTrees removes cgroups, once the processes in them are gone.
-func removeTrees(t *testing.T, tops []string) {
-	deadline := time.Now().Add(10 * time.Second)
-	for _, top := range tops {
-		for {
-			exec.Command("find", top, "-depth", "-type", "d", "-exec", "rmdir", "{}", ";").Run()
-			if _, err := os.Stat(top); os.IsNotExist(err) {
-				break
-			}
-			if time.Now().After(deadline) {
-				t.Errorf("%s cannot be removed", top)
-				break
-			}
-			<-time.After(20 * time.Millisecond)
-		}
-	}
-}
-
 func TestRealSystemd(t *testing.T) {
-	pid := systemdNode(t)
+	node := systemd.Start(t, os.DirFS("testdata/systemd"))
 	binary := copyTo(t, filepath.Join(t.TempDir(), "attestor.test"))
-	c := exec.Command("nsenter", "-a", "-t", itoa(pid), binary, "-test.run", "^TestBesideSystemd$", "-test.v")
+	c := node.Command(binary, "-test.run", "^TestBesideSystemd$", "-test.v")
 	c.Env = append(os.Environ(), insideEnv+"=1")
 	out, err := c.CombinedOutput()
 	if err != nil || !strings.Contains(string(out), "--- PASS: TestBesideSystemd") {

@@ -5,6 +5,7 @@ set -e
 mount --make-rprivate /
 mount -t proc proc /proc
 mount -t tmpfs -o mode=755 tmpfs /run
+mount -t tmpfs -o mode=755 tmpfs /var/lib
 umount -R /sys/fs/cgroup 2>/dev/null || true
 if [ "$3" != /sys/fs/cgroup ]; then
 	mount -t tmpfs -o mode=755 tmpfs /sys/fs/cgroup

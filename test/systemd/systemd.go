@@ -1,0 +1,151 @@
+// Package systemd gives tests a real systemd: PID 1 of namespaces of its own,
+// with a system bus, the units that the test brings and none of the machine's.
+// It needs root, systemd and dbus.
+package systemd
+
+import (
+	"embed"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+//go:embed units
+var base embed.FS
+
+//go:embed init.sh
+var script string
+
+// A Node is a running systemd.
+type Node struct{ PID int }
+
+// Start runs a systemd with these units for the length of the test. It comes
+// up with up.target, which wants the bus and, if the test brings one of that
+// name, what that says.
+func Start(tb testing.TB, units fs.FS) *Node {
+	tb.Helper()
+	for _, program := range []string{"/lib/systemd/systemd", "/usr/bin/dbus-daemon"} {
+		if _, err := os.Stat(program); err != nil {
+			tb.Skipf("LOUD: not tested against systemd: %v", err)
+		}
+	}
+	if os.Geteuid() != 0 {
+		tb.Fatal("a systemd of one's own needs root")
+	}
+	c := &exec.Cmd{Path: "/bin/bash", SysProcAttr: &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}}
+	var log strings.Builder
+	c.Stdout, c.Stderr = &log, &log
+	v1, v2 := mounts()
+	tops := cgroups(tb, v1, v2)
+	// The namespace's root is the cgroup in which it is made.
+	c.Args = append([]string{"bash", "-c", `for d in ` + strings.Join(tops, " ") + `; do echo $$ >$d/cgroup.procs; done; exec "$@"`, "sh"},
+		"unshare", "--pid", "--fork", "--kill-child", "--mount", "--uts", "--ipc", "--net", "--cgroup",
+		"bash", "-c", script, "init.sh", lay(tb, units), v1, v2)
+	if err := c.Start(); err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() {
+		c.Process.Kill() // and with it, by --kill-child, that systemd
+		c.Wait()
+		if tb.Failed() {
+			tb.Logf("systemd said:\n%s", log.String())
+		}
+	})
+	for end := time.Now().Add(20 * time.Second); time.Now().Before(end); {
+		children, _ := os.ReadFile(fmt.Sprintf("/proc/%d/task/%[1]d/children", c.Process.Pid))
+		if pid, err := strconv.Atoi(strings.TrimSpace(string(children))); err == nil {
+			n := &Node{pid}
+			if n.Command("systemctl", "is-active", "-q", "up.target").Run() == nil {
+				return n
+			}
+		}
+		<-time.After(50 * time.Millisecond) // another program's start: there is nothing to wait on
+	}
+	tb.Fatal("systemd did not come up in 20 seconds")
+	return nil
+}
+
+// Command is one in the node's namespaces. Its cgroup stays the test's: for
+// the node's processes it stands outside.
+func (n *Node) Command(name string, args ...string) *exec.Cmd {
+	return exec.Command("nsenter", append([]string{"-a", "-t", strconv.Itoa(n.PID), name}, args...)...)
+}
+
+// lay puts the units into a directory that everybody may read.
+func lay(tb testing.TB, units fs.FS) string {
+	dir := tb.TempDir()
+	ours, err := fs.Sub(base, "units")
+	if err != nil {
+		tb.Fatal(err)
+	}
+	for _, from := range []fs.FS{ours, units} {
+		names, err := fs.Glob(from, "*")
+		if err != nil {
+			tb.Fatal(err)
+		}
+		for _, name := range names {
+			text, err := fs.ReadFile(from, name)
+			if err != nil {
+				tb.Fatal(err)
+			}
+			if err := os.WriteFile(filepath.Join(dir, name), text, 0o644); err != nil {
+				tb.Fatal(err)
+			}
+		}
+	}
+	if err := os.Chmod(dir, 0o755); err != nil {
+		tb.Fatal(err)
+	}
+	return dir
+}
+
+// mounts are where the hierarchies lie, v1's name=systemd only beside v2's in
+// a directory of its own.
+func mounts() (v1, v2 string) {
+	v2 = "/sys/fs/cgroup"
+	if _, err := os.Stat(v2 + "/unified/cgroup.procs"); err == nil {
+		v2 += "/unified"
+	}
+	if _, err := os.Stat("/sys/fs/cgroup/systemd/tasks"); err == nil {
+		v1 = "/sys/fs/cgroup/systemd"
+	}
+	return v1, v2
+}
+
+// cgroups makes a cgroup in each hierarchy, and removes them after the test.
+func cgroups(tb testing.TB, mounts ...string) (tops []string) {
+	for _, mount := range mounts {
+		if mount == "" {
+			continue
+		}
+		top := filepath.Join(mount, fmt.Sprintf("deputy-systemd-%d", os.Getpid()))
+		if err := os.Mkdir(top, 0o755); err != nil {
+			tb.Fatal(err)
+		}
+		tops = append(tops, top)
+	}
+	tb.Cleanup(func() {
+		end := time.Now().Add(10 * time.Second)
+		for _, top := range tops {
+			for {
+				exec.Command("find", top, "-depth", "-type", "d", "-exec", "rmdir", "{}", ";").Run()
+				if _, err := os.Stat(top); os.IsNotExist(err) {
+					break
+				}
+				if time.Now().After(end) {
+					tb.Errorf("%s cannot be removed", top)
+					break
+				}
+				<-time.After(20 * time.Millisecond) // until its processes are gone
+			}
+		}
+	})
+	return tops
+}

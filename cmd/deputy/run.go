@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/signal"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -31,6 +32,8 @@ a mistake changes nothing.`,
 			if err := harden(); err != nil {
 				return err
 			}
+			// A log that nobody reads any more must not end every agent's identity.
+			signal.Ignore(unix.SIGPIPE)
 			// Watched before it is read: no change is missed in between.
 			r := newReloads(file)
 			defer r.Close()
@@ -40,6 +43,7 @@ a mistake changes nothing.`,
 			}
 			ctx, stop := untilStopped(cmd.Context())
 			defer stop()
+			defer reserve()()
 			d := &daemon{file: file, settings: s, reloads: r, log: newLog(os.Stderr, s.Config)}
 			return d.run(ctx)
 		},

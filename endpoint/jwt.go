@@ -3,6 +3,7 @@ package endpoint
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"slices"
 
@@ -124,19 +125,21 @@ func (s *Server) validateJWTSVID(ctx context.Context, l *link, in *workload.Vali
 	if bundles == nil || bundles.Own == nil {
 		return nil, svid.ErrNotReady
 	}
-	ours := bundles
-	if len(bundles.Federated) > 0 {
-		v, _, err := s.identify(ctx, l, nil)
-		if err != nil {
-			return nil, err
+	id, claims, err := svid.Validate(in.Svid, in.Audience, bundles.Restrict(nil))
+	if errors.Is(err, svid.ErrNoBundle) && len(bundles.Federated) > 0 {
+		v, _, unsure := s.identify(ctx, l, nil)
+		if unsure != nil {
+			return nil, unsure
 		}
 		var tds []spiffeid.TrustDomain
 		for _, e := range v.Entries {
 			tds = append(tds, e.FederatesWith...)
 		}
-		ours = bundles.Restrict(tds)
+		id, claims, err = svid.Validate(in.Svid, in.Audience, bundles.Restrict(tds))
+		if errors.Is(err, svid.ErrNoBundle) && len(v.Unknown) > 0 {
+			return nil, errUnknown // an entry that depends on what is unknown might federate
+		}
 	}
-	id, claims, err := svid.Validate(in.Svid, in.Audience, ours)
 	if err != nil {
 		return nil, &fault{errInvalid, err.Error()}
 	}

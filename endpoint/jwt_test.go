@@ -1,6 +1,7 @@
 package endpoint
 
 import (
+	"errors"
 	"slices"
 	"strings"
 	"testing"
@@ -13,6 +14,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 	"google.golang.org/grpc/codes"
 
+	"github.com/deputy-id/deputy/attestor"
 	"github.com/deputy-id/deputy/svid"
 	"github.com/deputy-id/deputy/svid/local"
 	"github.com/deputy-id/deputy/svid/registry"
@@ -131,6 +133,35 @@ func (w *world) federate(td spiffeid.TrustDomain) *local.Authority {
 		w.t.Fatal(err)
 	}
 	return a
+}
+
+// Whether another trust domain is believed hangs on what the process is; a
+// token of our own does not.
+func TestValidationAsksWhoCallsForOtherTrustDomainsAlone(t *testing.T) {
+	w := start(t)
+	friend := spiffeid.RequireTrustDomainFromString("friend.example")
+	friends := w.federate(friend)
+	w.entry("/container", func(e *registry.Entry) { e.FederatesWith = []spiffeid.TrustDomain{friend} }, image)
+	w.evidence.set(func(ev *attestor.Evidence) {
+		ev.Selectors = []attestor.Selector{mine}
+		ev.Unknown = []attestor.Unknown{{Prefixes: []string{"docker:"}, Err: errors.New("engine does not answer")}}
+	})
+	api := w.workloadAPI()
+	validate := func(a *local.Authority, td spiffeid.TrustDomain, want codes.Code) {
+		t.Helper()
+		token, err := a.MintJWT(spiffeid.RequireFromPath(td, "/w"), []string{"db"}, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = api.ValidateJWTSVID(call(t), &workload.ValidateJWTSVIDRequest{Audience: "db", Svid: token.Compact})
+		wantCode(t, err, want)
+	}
+	validate(friends, friend, codes.Unavailable) // the entry might be this process's
+	w.evidence.mu.Lock()
+	w.evidence.err = errors.New("the process does not hold still")
+	w.evidence.mu.Unlock()
+	validate(friends, friend, codes.Unavailable)
+	validate(w.authority, domain, codes.OK)
 }
 
 func TestFederation(t *testing.T) {

@@ -23,8 +23,11 @@ import (
 	"github.com/deputy-id/deputy/svid/registry"
 )
 
-// ErrNotReady says that the authority cannot sign yet, or for now.
-var ErrNotReady = errors.New("authority is not ready")
+// What a caller may branch on.
+var (
+	ErrNotReady = errors.New("authority is not ready")          // yet, or for now
+	ErrNoBundle = errors.New("no bundle for this trust domain") // of a token
+)
 
 // An Authority signs SVIDs for entries and publishes trust bundles. It is
 // given rendered entries: Entry.SPIFFEID is what is signed.

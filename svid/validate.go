@@ -26,7 +26,7 @@ const (
 
 // Validate checks a JWT-SVID for this audience by all rules of JWT-SVID §2 to
 // §4, the signature by the bundle of the trust domain that the subject names
-// and no other. It returns the subject and all claims; numbers are json.Number,
+// and no other; ErrNoBundle says that there is none. It returns the subject and all claims; numbers are json.Number,
 // so none is changed.
 func Validate(token, audience string, bundles *Bundles) (spiffeid.ID, map[string]any, error) {
 	id, claims, err := validate(token, audience, bundles, time.Now())
@@ -71,7 +71,7 @@ func validate(token, audience string, bundles *Bundles, now time.Time) (spiffeid
 	}
 	bundle, ok := bundles.Of(id.TrustDomain())
 	if !ok {
-		return none, nil, fmt.Errorf("no bundle for trust domain %s", id.TrustDomain())
+		return none, nil, fmt.Errorf("%s: %w", id.TrustDomain(), ErrNoBundle)
 	}
 	key, ok := bundle.JWTAuthorities[keyID]
 	if !ok {

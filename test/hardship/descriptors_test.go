@@ -25,13 +25,18 @@ func firstChild(t *testing.T, pid int) (child string) {
 	return child
 }
 
+// shell is the daemon's command by way of a shell.
+func shell(p *place, script string) *exec.Cmd {
+	return exec.Command("sh", append([]string{"-c", script}, p.command().Args...)...)
+}
+
 // With few descriptors one user's connections are soon too many. They cost that
 // user its turn, and neither others nor administrators nor the database theirs.
 func TestFewDescriptors(t *testing.T) {
 	needRoot(t)
 	t.Parallel()
 	p := newPlace(t, mine()+others)
-	d := p.begin(t, exec.Command("sh", append([]string{"-c", `ulimit -n 128 && exec "$0" "$@"`}, p.command().Args...)...))
+	d := p.begin(t, shell(p, `ulimit -n 128 && exec "$0" "$@"`))
 	d.fetches(t, "/agent/me")
 	var held []net.Conn
 	for range 200 {

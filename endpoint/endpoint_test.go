@@ -42,6 +42,7 @@ type evidence struct {
 	ev       attestor.Evidence
 	now      *attestor.Evidence
 	err      error // of asking at all
+	stranger bool  // what there is, is of another program
 	gathered int
 }
 
@@ -71,7 +72,7 @@ func (e *evidence) fresh() {
 func (e *evidence) Kept(c *peer.Conn) *attestor.Evidence {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if e.err != nil || c.Check() != nil {
+	if e.err != nil || e.stranger || c.Check() != nil {
 		return nil
 	}
 	return e.now

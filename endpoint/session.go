@@ -141,14 +141,16 @@ func uniqueHints(entries []registry.Entry) []registry.Entry {
 type refresh struct {
 	because any // the snapshot, or the evidence, that is no longer good
 	done    chan struct{}
-	ev      *attestor.Evidence
-	err     error
+	err     error // once done
 }
 
-func (c *session) gather(ctx context.Context, because any, turn chan struct{}) (*attestor.Evidence, error) {
+// gather waits for evidence that is gathered for this reason from now on, or
+// by who began before and has not ended. What it is, Kept says: it may be of a
+// program that the process has left since.
+func (c *session) gather(ctx context.Context, because any, turn chan struct{}) error {
 	c.mu.Lock()
 	r := c.refresh
-	if r == nil || r.because != because || r.failed() {
+	if r == nil || r.because != because || closed(r.done) {
 		r = &refresh{because: because, done: make(chan struct{})}
 		c.refresh = r
 		go func() {
@@ -157,7 +159,7 @@ func (c *session) gather(ctx context.Context, because any, turn chan struct{}) (
 			// The attestors have deadlines of their own.
 			ctx := context.WithoutCancel(ctx)
 			if r.err = enter(ctx, turn); r.err == nil {
-				r.ev, r.err = c.s.Attestors.Refresh(ctx, c.proc)
+				_, r.err = c.s.Attestors.Refresh(ctx, c.proc)
 				<-turn
 			}
 		}()
@@ -165,19 +167,18 @@ func (c *session) gather(ctx context.Context, because any, turn chan struct{}) (
 	c.mu.Unlock()
 	select {
 	case <-r.done:
-		return r.ev, r.err
+		return r.err
 	case <-ctx.Done():
-		return nil, context.Cause(ctx)
+		return context.Cause(ctx)
 	}
 }
 
-func (r *refresh) failed() bool {
-	select {
-	case <-r.done:
-		return r.err != nil
-	default:
-		return false
-	}
+// gathered reports whether evidence was gathered for this reason before.
+func (c *session) gathered(because any) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	r := c.refresh
+	return r != nil && r.because == because && closed(r.done) && r.err == nil
 }
 
 // identify finds out what the process behind the connection is entitled to
@@ -186,7 +187,7 @@ func (r *refresh) failed() bool {
 func (s *Server) identify(ctx context.Context, l *link, because any) (*view, <-chan struct{}, error) {
 	set, stale := s.Registry.Set()
 	var ev *attestor.Evidence
-	if because == nil {
+	if because == nil || l.session.gathered(because) {
 		ev = s.Attestors.Kept(l.Conn)
 	}
 	if ev == nil {
@@ -202,18 +203,19 @@ func (s *Server) identify(ctx context.Context, l *link, because any) (*view, <-c
 	return l.session.match(ev, set), stale, nil
 }
 
-// attest asks what the process is, and that it was the same before and after.
+// attest asks what the process is. It returns only what is said of the program
+// and the credentials that opened the connection: of those that the process had
+// before, evidence may still be on its way to who waits for it.
 func (s *Server) attest(ctx context.Context, l *link, because any) (*attestor.Evidence, error) {
 	if err := s.check(l); err != nil {
 		return nil, err
 	}
-	var ev *attestor.Evidence
 	var err error
 	turn := l.seat.account().attesting
 	if because != nil {
-		ev, err = l.session.gather(ctx, because, turn)
+		err = l.session.gather(ctx, because, turn)
 	} else if err = enter(ctx, turn); err == nil {
-		ev, err = s.Attestors.Attest(ctx, l.session.proc)
+		_, err = s.Attestors.Attest(ctx, l.session.proc)
 		<-turn
 	}
 	if err != nil && code(err) == codes.Internal {
@@ -222,8 +224,13 @@ func (s *Server) attest(ctx context.Context, l *link, because any) (*attestor.Ev
 	if err != nil {
 		return nil, err
 	}
-	// Whoever executed another program meanwhile was not what was attested.
-	return ev, s.check(l)
+	if ev := s.Attestors.Kept(l.Conn); ev != nil {
+		return ev, nil
+	}
+	if err := s.check(l); err != nil {
+		return nil, err
+	}
+	return nil, fmt.Errorf("%w: the process changed while it was attested", errUnknown)
 }
 
 // check closes a connection that no longer belongs to the program that opened

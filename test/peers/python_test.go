@@ -31,24 +31,30 @@ var python = sync.OnceValues(func() (string, error) {
 	return path, nil
 })
 
+// readme returns the README's one program in a language.
+func readme(t *testing.T, language string) string {
+	t.Helper()
+	text, err := os.ReadFile("../../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, ok := strings.Cut(string(text), "```"+language+"\n")
+	program, _, ok2 := strings.Cut(rest, "```")
+	if !ok || !ok2 {
+		t.Fatalf("the README has no program in %s", language)
+	}
+	return program
+}
+
 // The README's lines, under deputy exec with a name, as it says.
 func TestPythonAgentOfTheReadme(t *testing.T) {
 	interpreter, err := python()
 	if err != nil {
 		t.Fatal(err)
 	}
-	readme, err := os.ReadFile("../../README.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, rest, ok := strings.Cut(string(readme), "```python\n")
-	program, _, ok2 := strings.Cut(rest, "```")
-	if !ok || !ok2 {
-		t.Fatal("the README has no Python lines")
-	}
 	d := start(t, "peers.example", "")
 	script := filepath.Join(d.dir, "agent.py")
-	if err := os.WriteFile(script, []byte(program), 0o644); err != nil {
+	if err := os.WriteFile(script, []byte(readme(t, "python")), 0o644); err != nil {
 		t.Fatal(err)
 	}
 	got := run(t, d.binary, "exec", "--socket", d.workload, "--admin-socket", d.admin,

@@ -16,6 +16,7 @@ import (
 
 	"github.com/spf13/cobra"
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
 func newFetch(out *output) *cobra.Command {
@@ -37,6 +38,9 @@ func newFetchX509(out *output, e *endpoints) *cobra.Command {
   deputy fetch x509 --write /run/agent    # svid.0.pem, svid.0.key, bundle.0.pem`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := checkID(id); err != nil {
+				return err
+			}
 			resp, err := first(cmd.Context(), e, fetchX509)
 			if err != nil {
 				return err
@@ -76,6 +80,9 @@ line, the default identity's first.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if len(audience) == 0 {
 				return usage(errors.New("fetch jwt needs an --audience"))
+			}
+			if err := checkID(id); err != nil {
+				return err
 			}
 			c, err := e.workload()
 			if err != nil {
@@ -143,6 +150,17 @@ func newFetchBundle(out *output, e *endpoints) *cobra.Command {
 	}
 	cmd.Flags().StringVar(&dir, "write", "", "write the files to this `directory`")
 	return cmd
+}
+
+// checkID checks a SPIFFE ID that may be left out.
+func checkID(id string) error {
+	if id == "" {
+		return nil
+	}
+	if _, err := spiffeid.FromString(id); err != nil {
+		return usage(fmt.Errorf("--spiffe-id %q is no SPIFFE ID: %w", id, err))
+	}
+	return nil
 }
 
 // An opener starts a stream of the Workload API.

@@ -25,27 +25,27 @@ func newWatch(out *output) *cobra.Command {
 		Short: "Print each update of this process's X.509-SVIDs as it comes",
 		Long: `Prints the X.509-SVIDs and bundles of this process, and prints them again whenever
 the daemon sends an update, until it is interrupted. It waits for a daemon that
-restarts; where there is no identity it ends with status 3. With --output json
+restarts, and says so on standard error; where there is no identity it ends with status 3. With --output json
 each update is one line, with the private keys.`,
 		Example: "  deputy watch",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ctx, stop := untilStopped(cmd.Context())
 			defer stop()
-			return watch(ctx, out, &e)
+			return watch(ctx, out, cmd.ErrOrStderr(), &e)
 		},
 	}
 	e.flags(cmd)
 	return cmd
 }
 
-func watch(ctx context.Context, out *output, e *endpoints) error {
+func watch(ctx context.Context, out *output, notes io.Writer, e *endpoints) error {
 	c, err := e.workload()
 	if err != nil {
 		return err
 	}
 	defer c.Close()
-	pause, updates := firstPause, 0
+	pause, updates, noted := firstPause, 0, 0
 	for {
 		before := updates
 		err := follow(ctx, out, c, &updates)
@@ -56,6 +56,10 @@ func watch(ctx context.Context, out *output, e *endpoints) error {
 			return err
 		case updates > before:
 			pause = firstPause
+		}
+		if noted < updates { // once for each time that it was there
+			fmt.Fprintf(notes, "deputy: %s; waiting for it to come back\n", message(err))
+			noted = updates
 		}
 		select {
 		case <-ctx.Done():

@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -35,8 +36,16 @@ type Store struct {
 	sets   *watch.Value[*Set]
 	expiry chan struct{} // an entry that will expire came in
 
-	writer sync.Mutex // held from reading the set that a change is made to until the next is published
-	db     *database  // nil: everything in memory
+	writer sync.Mutex            // held from reading the set that a change is made to until the next is published; guards what follows
+	db     *database             // nil: everything in memory
+	ends   map[version]time.Time // of entries that expire, by the monotonic clock
+	lapsed map[version]struct{}  // those that have expired by the wall clock alone
+}
+
+// A version is an entry until it is changed.
+type version struct {
+	id       string
+	revision int64
 }
 
 // Open opens or creates the database at path; an empty path keeps everything
@@ -245,7 +254,9 @@ func (s *Store) publish(set *Set, e *Entry) {
 }
 
 // Run removes entries as they expire, until the context ends. The time of day
-// decides, so it looks at least every minute, should the clock be set.
+// decides what is served, so it looks at least every minute, should the clock be
+// set; but a clock that is ahead for a while costs no entry: one is removed only
+// when it has expired by the monotonic clock too.
 func (s *Store) Run(ctx context.Context) error {
 	for {
 		next := s.expire(ctx, time.Now())
@@ -270,19 +281,37 @@ func (s *Store) expire(ctx context.Context, now time.Time) (next time.Time) {
 	before := s.set()
 	set := before
 	var gone []string
+	ends, lapsed := make(map[version]time.Time), make(map[version]struct{})
 	for _, r := range before.order {
-		switch {
-		case r.live(now):
-			if !r.ExpiresAt.IsZero() && (next.IsZero() || r.ExpiresAt.Before(next)) {
-				next = r.ExpiresAt
+		if r.ExpiresAt.IsZero() {
+			continue
+		}
+		v := version{r.ID, r.Revision}
+		end, known := s.ends[v]
+		if !known {
+			end = time.Now().Add(max(r.ExpiresAt.Sub(now), 0))
+		}
+		at := r.ExpiresAt
+		if !r.live(now) {
+			if !time.Now().Before(end) {
+				set = set.without(r)
+				if !r.transient {
+					gone = append(gone, r.ID)
+				}
+				continue
 			}
-		default:
-			set = set.without(r)
-			if !r.transient {
-				gone = append(gone, r.ID)
-			}
+			at, lapsed[v] = end, struct{}{}
+		}
+		ends[v] = end
+		if next.IsZero() || at.Before(next) {
+			next = at
 		}
 	}
+	if set == before && !maps.Equal(lapsed, s.lapsed) {
+		same := *before
+		set = &same // the entries are these, but who has them is to look again
+	}
+	s.ends, s.lapsed = ends, lapsed
 	if set == before {
 		return next
 	}
@@ -294,7 +323,9 @@ func (s *Store) expire(ctx context.Context, now time.Time) (next time.Time) {
 		}
 	}
 	s.sets.Store(set)
-	s.log.Info("entries expired", "count", before.Len()-set.Len())
+	if n := before.Len() - set.Len(); n > 0 {
+		s.log.Info("entries expired", "count", n)
+	}
 	return next
 }
 

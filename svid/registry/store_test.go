@@ -302,6 +302,46 @@ func TestRunRemovesEntriesAsTheyExpire(t *testing.T) {
 	})
 }
 
+// The wall clock is what expire is given.
+func TestClockThatIsAheadForAWhileCostsNoEntry(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "entries.db")
+	s := open(t, path)
+	e := entry(t, "/e", "unix:uid:1")
+	e.ExpiresAt = time.Now().Add(time.Hour)
+	create(t, s, e)
+	s.expire(t.Context(), time.Now())
+	for _, wrong := range []time.Duration{10 * 365 * 24 * time.Hour, -10 * 365 * 24 * time.Hour, 2 * time.Hour} {
+		_, stale := s.Set()
+		next := s.expire(t.Context(), time.Now().Add(wrong))
+		if next.IsZero() {
+			t.Errorf("%s off: nobody looks again", wrong)
+		}
+		if wrong > 0 {
+			select {
+			case <-stale:
+			default:
+				t.Errorf("%s off: streams that have the entry were not told to look again", wrong)
+			}
+		}
+	}
+	_, stale := s.Set()
+	s.expire(t.Context(), time.Now())
+	select {
+	case <-stale:
+	default:
+		t.Error("the right time again: nobody was told to look again")
+	}
+	if diff := cmp.Diff([]string{"/e"}, paths(s)); diff != "" {
+		t.Error(diff)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff([]string{"/e"}, paths(open(t, path))); diff != "" {
+		t.Errorf("after a restart: %s", diff)
+	}
+}
+
 func TestConcurrentWriters(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "entries.db")
 	s := open(t, path)

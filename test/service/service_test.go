@@ -62,6 +62,9 @@ func file(text string) *fstest.MapFile { return &fstest.MapFile{Data: []byte(tex
 func TestSystemdKnowsEveryLineOfTheSample(t *testing.T) {
 	analyze, err := exec.LookPath("systemd-analyze")
 	if err != nil {
+		if os.Getenv("CI") != "" {
+			t.Fatal(err)
+		}
 		t.Skipf("LOUD: the sample unit is not verified: %v", err)
 	}
 	path := filepath.Join(t.TempDir(), "deputy.service")

@@ -33,6 +33,9 @@ func Start(tb testing.TB, units fs.FS) *Node {
 	tb.Helper()
 	for _, program := range []string{"/lib/systemd/systemd", "/usr/bin/dbus-daemon"} {
 		if _, err := os.Stat(program); err != nil {
+			if os.Getenv("CI") != "" {
+				tb.Fatal(err)
+			}
 			tb.Skipf("LOUD: not tested against systemd: %v", err)
 		}
 	}

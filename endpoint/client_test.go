@@ -28,6 +28,7 @@ import (
 //	sleep          nothing
 //	count:SOCKET   count entries, print the code
 //	exec:SOCKET    hold a stream, and execute another program once it has an answer
+//	later:SOCKET   the same, but when its input ends
 //	SOCKET         hold a stream, print a line for each message
 func client() int {
 	what, socket, ok := strings.Cut(os.Getenv("ENDPOINT_TEST_CLIENT"), ":")
@@ -60,10 +61,12 @@ func client() int {
 		fmt.Println("open", err)
 		return 1
 	}
-	go func() {
-		io.Copy(io.Discard, os.Stdin)
-		os.Exit(0)
-	}()
+	if what != "later" {
+		go func() {
+			io.Copy(io.Discard, os.Stdin)
+			os.Exit(0)
+		}()
+	}
 	for {
 		r, err := st.Recv()
 		if err != nil {
@@ -71,7 +74,10 @@ func client() int {
 			return 1
 		}
 		fmt.Println(ids(r))
-		if what == "exec" {
+		if what == "later" {
+			io.Copy(io.Discard, os.Stdin)
+		}
+		if what == "exec" || what == "later" {
 			err := syscall.Exec("/bin/sh", []string{"sh", "-c", "echo executed; cat >/dev/null"}, nil)
 			fmt.Println(err)
 			return 1

@@ -144,13 +144,12 @@ type refresh struct {
 	err     error // once done
 }
 
-// gather waits for evidence that is gathered for this reason from now on, or
-// by who began before and has not ended. What it is, Kept says: it may be of a
-// program that the process has left since.
-func (c *session) gather(ctx context.Context, because any, turn chan struct{}) error {
+// gather returns the refresh for this reason when it has ended: the one that
+// there is, or a new one where that failed or was of no use.
+func (c *session) gather(ctx context.Context, because any, useless *refresh, turn chan struct{}) (*refresh, error) {
 	c.mu.Lock()
 	r := c.refresh
-	if r == nil || r.because != because || closed(r.done) {
+	if r == nil || r.because != because || r == useless || r.failed() {
 		r = &refresh{because: because, done: make(chan struct{})}
 		c.refresh = r
 		go func() {
@@ -167,19 +166,13 @@ func (c *session) gather(ctx context.Context, because any, turn chan struct{}) e
 	c.mu.Unlock()
 	select {
 	case <-r.done:
-		return r.err
+		return r, r.err
 	case <-ctx.Done():
-		return context.Cause(ctx)
+		return nil, context.Cause(ctx)
 	}
 }
 
-// gathered reports whether evidence was gathered for this reason before.
-func (c *session) gathered(because any) bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	r := c.refresh
-	return r != nil && r.because == because && closed(r.done) && r.err == nil
-}
+func (r *refresh) failed() bool { return closed(r.done) && r.err != nil }
 
 // identify finds out what the process behind the connection is entitled to
 // now. because is nil, or what makes kept evidence too old. The channel closes
@@ -187,7 +180,7 @@ func (c *session) gathered(because any) bool {
 func (s *Server) identify(ctx context.Context, l *link, because any) (*view, <-chan struct{}, error) {
 	set, stale := s.Registry.Set()
 	var ev *attestor.Evidence
-	if because == nil || l.session.gathered(because) {
+	if because == nil {
 		ev = s.Attestors.Kept(l.Conn)
 	}
 	if ev == nil {
@@ -204,28 +197,33 @@ func (s *Server) identify(ctx context.Context, l *link, because any) (*view, <-c
 }
 
 // attest asks what the process is. It returns only what is said of the program
-// and the credentials that opened the connection: of those that the process had
-// before, evidence may still be on its way to who waits for it.
+// and the credentials that opened the connection: what was gathered for another
+// stream, or is on its way to all who wait, may be of those that the process had
+// before.
 func (s *Server) attest(ctx context.Context, l *link, because any) (*attestor.Evidence, error) {
-	if err := s.check(l); err != nil {
-		return nil, err
-	}
-	var err error
-	turn := l.seat.account().attesting
-	if because != nil {
-		err = l.session.gather(ctx, because, turn)
-	} else if err = enter(ctx, turn); err == nil {
-		_, err = s.Attestors.Attest(ctx, l.session.proc)
-		<-turn
-	}
-	if err != nil && code(err) == codes.Internal {
-		err = fmt.Errorf("%w: %v", errUnknown, err) // the process did not hold still
-	}
-	if err != nil {
-		return nil, err
-	}
-	if ev := s.Attestors.Kept(l.Conn); ev != nil {
-		return ev, nil
+	const tries = 2 // the first may find what others gathered, which holds no more
+	var useless *refresh
+	for range tries {
+		if err := s.check(l); err != nil {
+			return nil, err
+		}
+		var err error
+		turn := l.seat.account().attesting
+		if because != nil {
+			useless, err = l.session.gather(ctx, because, useless, turn)
+		} else if err = enter(ctx, turn); err == nil {
+			_, err = s.Attestors.Attest(ctx, l.session.proc)
+			<-turn
+		}
+		if err != nil && code(err) == codes.Internal {
+			err = fmt.Errorf("%w: %v", errUnknown, err) // the process did not hold still
+		}
+		if err != nil {
+			return nil, err
+		}
+		if ev := s.Attestors.Kept(l.Conn); ev != nil {
+			return ev, nil
+		}
 	}
 	if err := s.check(l); err != nil {
 		return nil, err

@@ -1,11 +1,20 @@
 package endpoint
 
 import (
+	"context"
+	"crypto"
+	"crypto/x509"
+	"errors"
 	"testing"
 
+	"github.com/hashicorp/go-hclog"
 	"google.golang.org/grpc/codes"
 
 	"github.com/deputy-id/deputy/attestor"
+	"github.com/deputy-id/deputy/attestor/peer"
+	"github.com/deputy-id/deputy/svid"
+	"github.com/deputy-id/deputy/svid/local"
+	"github.com/deputy-id/deputy/svid/registry"
 )
 
 // onlyLink is the one connection of the one process.
@@ -61,4 +70,37 @@ func TestEvidenceOfAnotherProgramIsNotUsed(t *testing.T) {
 	wantCode(t, err, codes.Unavailable)
 	_, err = fetch(call(t), w.workloadAPI())
 	wantCode(t, err, codes.Unavailable)
+}
+
+// A slow authority has something happen before it signs.
+type slow struct {
+	svid.Authority
+	before func()
+}
+
+func (s *slow) X509(ctx context.Context, e registry.Entry, key crypto.Signer) ([]*x509.Certificate, error) {
+	s.before()
+	return s.Authority.X509(ctx, e, key)
+}
+
+// Between the question and the answer a process may execute another program,
+// and signing takes as long as it takes.
+func TestKeyIsNotSentToAProgramThatWasExecutedWhileItWasSigned(t *testing.T) {
+	authority := &slow{before: func() {}}
+	w := start(t, func(c *Config, _ *local.Options) {
+		c.Keeper = svid.NewKeeper(authority, svid.KeeperOptions{Log: hclog.NewNullLogger()})
+	})
+	authority.Authority = w.authority
+	w.entry("/a", nil, mine)
+	p := w.run("later:" + w.socket)
+	p.says(t, "[/a]")
+	l := w.onlyLink()
+	authority.before = func() {
+		p.in.Close()
+		eventually(t, "the client executes another program", func() bool { return l.Check() != nil })
+	}
+	w.entry("/b", nil, mine) // which the client's own stream asks for as well
+	if _, err := w.x509State(call(t), l, nil); !errors.Is(err, peer.ErrProgramChanged) {
+		t.Errorf("got %v, want %v", err, peer.ErrProgramChanged)
+	}
 }

@@ -148,9 +148,16 @@ func (s *Server) x509State(ctx context.Context, l *link, has *state) (*state, er
 		if err := s.charge(ctx, l, v, has != nil); err != nil {
 			return nil, err
 		}
+		before := l.session.x509.Load()
 		snapshot, err := s.Keeper.X509(ctx, l.session.holder, v.Entries)
 		if err != nil {
 			return nil, err
+		}
+		if before == nil || before.ctx != snapshot {
+			// Signing may have waited: whoever reads the answer is still the one.
+			if err := s.check(l); err != nil {
+				return nil, err
+			}
 		}
 		next.stale = snapshot.Stale()
 		if len(kept) == 0 {

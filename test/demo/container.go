@@ -3,6 +3,8 @@ package main
 import (
 	"archive/tar"
 	"bytes"
+	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -69,7 +71,7 @@ func (s *stage) image() (*bytes.Buffer, error) {
 }
 
 // show runs the agent in a container and prints what was attested of it.
-func (c *container) show(s *stage) error {
+func (c *container) show(ctx context.Context, s *stage) error {
 	public := filepath.Dir(s.workload)
 	out, err := c.engine.Command("run", "-d", "--network", "none", "--name", "crawler", "-v", public+":"+public+":ro", "crawler:demo", "stay", s.workload).CombinedOutput()
 	if err != nil {
@@ -81,8 +83,8 @@ func (c *container) show(s *stage) error {
 		if said, err = c.engine.Command("logs", "crawler").CombinedOutput(); err != nil {
 			return err
 		}
-		if time.Now().After(end) {
-			return fmt.Errorf("the crawler said nothing")
+		if time.Now().After(end) || ctx.Err() != nil {
+			return errors.New("the crawler said nothing")
 		}
 	}
 	out, err = c.engine.Command("inspect", "--format", "{{.State.Pid}}", "crawler").Output()

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"os"
 )
@@ -17,6 +18,9 @@ func main() {
 	}
 	if err := demonstrate(); err != nil {
 		fmt.Fprintln(os.Stderr, "demo:", err)
+		if errors.Is(err, errInterrupted) {
+			os.Exit(130)
+		}
 		os.Exit(1)
 	}
 }

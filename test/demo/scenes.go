@@ -2,6 +2,8 @@ package main
 
 import (
 	"bytes"
+	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -24,29 +26,38 @@ const (
 
 func say(format string, args ...any) { fmt.Printf("\n"+format+"\n", args...) }
 
-// demonstrate is the play: one scene after the other, then the clean-up.
+var errInterrupted = errors.New("interrupted")
+
+// demonstrate sets up, plays and cleans up, in this order also when it is
+// interrupted: then the play ends where it is.
 func demonstrate() error {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	context.AfterFunc(ctx, stop) // who cannot wait for the clean-up asks again
 	s, err := setUp()
 	if s != nil {
 		defer s.close()
 	}
-	if err != nil {
-		return err
+	if err == nil {
+		err = s.play(ctx)
 	}
-	interrupted := make(chan os.Signal, 1)
-	signal.Notify(interrupted, os.Interrupt, syscall.SIGTERM)
-	go func() {
-		<-interrupted
-		s.close()
-		os.Exit(130)
-	}()
+	if ctx.Err() != nil {
+		return errInterrupted // whatever it is that it broke
+	}
+	return err
+}
 
+// play is one scene after the other.
+func (s *stage) play(ctx context.Context) error {
 	fmt.Println("Deputy gives each agent process an identity of its own, from what the kernel says of it.")
 	root := os.Getuid() == 0
 	var box *container
+	var err error
 	if root {
 		say("1. A container engine, for the agent that will run in a container.")
-		if box, err = s.container(); err != nil {
+		if box, err = s.container(); ctx.Err() != nil {
+			return ctx.Err()
+		} else if err != nil {
 			fmt.Printf("    None can be had here (%v):\n    the demonstration goes on without the container and its image digest.\n", err)
 		}
 	} else {
@@ -77,7 +88,7 @@ entry "/agent/researcher" {
 		config += fmt.Sprintf("\nattestor \"docker\" { socket = %q }\n\nentry \"/agent/crawler\" {\n  selectors = [%q, \"process:leader:true\"]\n}\n", box.engine.Socket(), box.digest)
 	}
 	fmt.Print(indent(config[strings.Index(config, "\nentry")+1:]))
-	if err := s.run(config); err != nil {
+	if err := s.run(ctx, config); err != nil {
 		return err
 	}
 
@@ -93,7 +104,7 @@ entry "/agent/researcher" {
 	if err != nil {
 		return err
 	}
-	svid, err := server.line(15 * time.Second)
+	svid, err := server.line(ctx, 15*time.Second)
 	if err != nil {
 		return fmt.Errorf("the researcher: %w", err)
 	}
@@ -122,7 +133,7 @@ entry "/agent/researcher" {
 
 	if box != nil {
 		say("6. The crawler runs in a container. Its identity hangs on the image's digest, not on a tag:")
-		if err := box.show(s); err != nil {
+		if err := box.show(ctx, s); err != nil {
 			return fmt.Errorf("the container: %w", err)
 		}
 	}
@@ -130,7 +141,7 @@ entry "/agent/researcher" {
 	say("7. Meanwhile the researcher's SVID is renewed at half of its life, with a new key, on the open stream:")
 	fmt.Println("   ", svid)
 	for range 2 {
-		next, err := server.line(15 * time.Second)
+		next, err := server.line(ctx, 15*time.Second)
 		if err != nil {
 			return fmt.Errorf("the researcher: %w", err)
 		}

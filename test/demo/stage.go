@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
@@ -98,20 +99,22 @@ func (s *stage) start(cmd *exec.Cmd) (*actor, error) {
 }
 
 // line is the next line of the actor's output.
-func (a *actor) line(within time.Duration) (string, error) {
+func (a *actor) line(ctx context.Context, within time.Duration) (string, error) {
 	select {
 	case l, ok := <-a.lines:
 		if !ok {
 			return "", errors.New(strings.TrimSpace(a.log.String()))
 		}
 		return l, nil
+	case <-ctx.Done():
+		return "", ctx.Err()
 	case <-time.After(within):
 		return "", fmt.Errorf("%s said nothing for %s", filepath.Base(a.cmd.Path), within)
 	}
 }
 
 // run starts the daemon with this configuration and waits until it serves.
-func (s *stage) run(config string) error {
+func (s *stage) run(ctx context.Context, config string) error {
 	file := filepath.Join(s.dir, "deputy.hcl")
 	if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
 		return err
@@ -120,7 +123,7 @@ func (s *stage) run(config string) error {
 	if err != nil {
 		return err
 	}
-	for end := time.Now().Add(15 * time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+	for end := time.Now().Add(15 * time.Second); time.Now().Before(end) && ctx.Err() == nil; time.Sleep(50 * time.Millisecond) {
 		if exec.Command(s.deputy, "health", "--socket", s.workload).Run() == nil {
 			return nil
 		}

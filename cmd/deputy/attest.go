@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"strconv"
 	"strings"
@@ -38,16 +39,13 @@ entitled to, go to standard error.`,
 			if err != nil || pid <= 0 {
 				return usage(fmt.Errorf("%q is no PID", args[0]))
 			}
-			c, err := e.operator()
+			var resp *adminv1.AttestProcessResponse
+			err = e.within(cmd.Context(), e.operator, func(ctx context.Context, c *client) (err error) {
+				resp, err = adminv1.NewAdminClient(c).AttestProcess(ctx, &adminv1.AttestProcessRequest{Pid: int32(pid)})
+				return err
+			})
 			if err != nil {
 				return err
-			}
-			defer c.Close()
-			ctx, cancel := e.deadline(cmd.Context())
-			defer cancel()
-			resp, err := adminv1.NewAdminClient(c).AttestProcess(ctx, &adminv1.AttestProcessRequest{Pid: int32(pid)})
-			if err != nil {
-				return c.fail(err)
 			}
 			a := attested{PID: int32(pid), Selectors: []string{}, Unknown: []unknown{}, Traced: resp.Traced, SPIFFEIDs: resp.SpiffeIds}
 			for _, s := range resp.Selectors {

@@ -34,14 +34,9 @@ func newBundle(out *output) *cobra.Command {
 
 // withBundles makes calls to the bundle service.
 func (e *endpoints) withBundles(ctx context.Context, call func(context.Context, bundlev1.BundleClient) error) error {
-	c, err := e.operator()
-	if err != nil {
-		return err
-	}
-	defer c.Close()
-	ctx, cancel := e.deadline(ctx)
-	defer cancel()
-	return c.fail(call(ctx, bundlev1.NewBundleClient(c)))
+	return e.within(ctx, e.operator, func(ctx context.Context, c *client) error {
+		return call(ctx, bundlev1.NewBundleClient(c))
+	})
 }
 
 func newBundleShow(out *output, e *endpoints) *cobra.Command {
@@ -76,7 +71,7 @@ func newBundleShow(out *output, e *endpoints) *cobra.Command {
 			})
 		},
 	}
-	cmd.Flags().StringVar(&format, "format", "pem", "`pem` (the X.509 authorities) or spiffe (all, as JSON)")
+	cmd.Flags().StringVar(&format, "format", "pem", "print in this `format`, pem (the X.509 authorities) or spiffe (all, as JSON)")
 	return cmd
 }
 
@@ -173,7 +168,7 @@ func newBundleSet(out *output, e *endpoints) *cobra.Command {
 			})
 		},
 	}
-	cmd.Flags().StringVar(&format, "format", "", "`pem` or spiffe; by default what the content looks like")
+	cmd.Flags().StringVar(&format, "format", "", "read this `format`, pem or spiffe; by default what the content looks like")
 	cmd.Flags().StringVar(&path, "path", "", "read this `file`")
 	return cmd
 }

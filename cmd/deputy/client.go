@@ -49,9 +49,17 @@ func (e *endpoints) operator() (*client, error) {
 	return dial(path)
 }
 
-// deadline bounds a call that has one answer.
-func (e *endpoints) deadline(ctx context.Context) (context.Context, context.CancelFunc) {
-	return context.WithTimeout(withHeader(ctx), e.timeout)
+// within runs calls on a connection of their own, in the time that the flags
+// give them.
+func (e *endpoints) within(ctx context.Context, connect func() (*client, error), calls func(context.Context, *client) error) error {
+	c, err := connect()
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	ctx, cancel := context.WithTimeout(withHeader(ctx), e.timeout)
+	defer cancel()
+	return c.fail(calls(ctx, c))
 }
 
 // withHeader adds what the Workload API asks of each call (Workload Endpoint §6).

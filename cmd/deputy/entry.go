@@ -168,16 +168,13 @@ is left, or end. SVIDs that were handed out live until they expire.`,
 		Example: "  sudo deputy entry delete 0f5e2b9c-6a1d-4c07-9d3e-2b8f4a6c1e70",
 		Args:    cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			c, err := e.operator()
+			var resp *entryv1.BatchDeleteEntryResponse
+			err := e.within(cmd.Context(), e.operator, func(ctx context.Context, c *client) (err error) {
+				resp, err = entryv1.NewEntryClient(c).BatchDeleteEntry(ctx, &entryv1.BatchDeleteEntryRequest{Ids: args})
+				return err
+			})
 			if err != nil {
 				return err
-			}
-			defer c.Close()
-			ctx, cancel := e.deadline(cmd.Context())
-			defer cancel()
-			resp, err := entryv1.NewEntryClient(c).BatchDeleteEntry(ctx, &entryv1.BatchDeleteEntryRequest{Ids: args})
-			if err != nil {
-				return c.fail(err)
 			}
 			deleted := []string{}
 			var failed []error
@@ -202,14 +199,9 @@ is left, or end. SVIDs that were handed out live until they expire.`,
 
 // withAdmin makes calls to the admin service.
 func (e *endpoints) withAdmin(ctx context.Context, call func(context.Context, adminClient) error) error {
-	c, err := e.operator()
-	if err != nil {
-		return err
-	}
-	defer c.Close()
-	ctx, cancel := e.deadline(ctx)
-	defer cancel()
-	return c.fail(call(ctx, adminClient{adminv1.NewAdminClient(c), bundlev1.NewBundleClient(c)}))
+	return e.within(ctx, e.operator, func(ctx context.Context, c *client) error {
+		return call(ctx, adminClient{adminv1.NewAdminClient(c), bundlev1.NewBundleClient(c)})
+	})
 }
 
 // An adminClient calls the admin service, and knows the daemon's trust domain.

@@ -70,7 +70,7 @@ func newFetchJWT(out *output, e *endpoints) *cobra.Command {
 	var dir, id string
 	var audience []string
 	cmd := &cobra.Command{
-		Use:   "jwt",
+		Use:   "jwt --audience A",
 		Short: "Fetch JWT-SVIDs",
 		Long: `Fetches a JWT-SVID for each identity of this process and prints the tokens, one a
 line, the default identity's first.`,
@@ -84,17 +84,14 @@ line, the default identity's first.`,
 			if err := checkID(id); err != nil {
 				return err
 			}
-			c, err := e.workload()
+			var resp *workload.JWTSVIDResponse
+			err := e.within(cmd.Context(), e.workload, func(ctx context.Context, c *client) (err error) {
+				resp, err = workload.NewSpiffeWorkloadAPIClient(c).FetchJWTSVID(ctx,
+					&workload.JWTSVIDRequest{Audience: audience, SpiffeId: id})
+				return err
+			})
 			if err != nil {
 				return err
-			}
-			defer c.Close()
-			ctx, cancel := e.deadline(cmd.Context())
-			defer cancel()
-			resp, err := workload.NewSpiffeWorkloadAPIClient(c).FetchJWTSVID(ctx,
-				&workload.JWTSVIDRequest{Audience: audience, SpiffeId: id})
-			if err != nil {
-				return c.fail(err)
 			}
 			if dir != "" {
 				names, err := writeJWT(dir, resp)
@@ -178,22 +175,18 @@ func fetchBundles(ctx context.Context, c workload.SpiffeWorkloadAPIClient) (rece
 
 // first takes the first message of a stream.
 func first[T any](ctx context.Context, e *endpoints, open opener[T]) (resp T, err error) {
-	c, err := e.workload()
-	if err != nil {
-		return resp, err
-	}
-	defer c.Close()
-	ctx, cancel := e.deadline(ctx)
-	defer cancel()
-	stream, err := open(ctx, workload.NewSpiffeWorkloadAPIClient(c))
-	if err != nil {
-		return resp, c.fail(err)
-	}
-	resp, err = stream.Recv()
-	if errors.Is(err, io.EOF) {
-		err = errors.New("the daemon ended the stream without an answer")
-	}
-	return resp, c.fail(err)
+	err = e.within(ctx, e.workload, func(ctx context.Context, c *client) error {
+		stream, err := open(ctx, workload.NewSpiffeWorkloadAPIClient(c))
+		if err != nil {
+			return err
+		}
+		resp, err = stream.Recv()
+		if errors.Is(err, io.EOF) {
+			return errors.New("the daemon ended the stream without an answer")
+		}
+		return err
+	})
+	return resp, err
 }
 
 func printX509(out *output, resp *workload.X509SVIDResponse) error {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 
 	"github.com/spf13/cobra"
@@ -15,16 +16,13 @@ func newHealth(out *output) *cobra.Command {
 		Example: "  deputy health",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			c, err := e.workload()
+			var resp *healthv1.HealthCheckResponse
+			err := e.within(cmd.Context(), e.workload, func(ctx context.Context, c *client) (err error) {
+				resp, err = healthv1.NewHealthClient(c).Check(ctx, &healthv1.HealthCheckRequest{})
+				return err
+			})
 			if err != nil {
 				return err
-			}
-			defer c.Close()
-			ctx, cancel := e.deadline(cmd.Context())
-			defer cancel()
-			resp, err := healthv1.NewHealthClient(c).Check(ctx, &healthv1.HealthCheckRequest{})
-			if err != nil {
-				return c.fail(err)
 			}
 			if out.json() {
 				err = out.message(resp)

@@ -29,7 +29,7 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 3 no identity or not permitted,
 			return out.check()
 		},
 	}
-	root.PersistentFlags().StringVar(&out.format, "output", "text", "print `text` or json")
+	root.PersistentFlags().StringVar(&out.format, "output", "text", "print in this `format`, text or json")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usage(err) })
 	root.AddCommand(
 		newRun(), newConf(&out), newEntry(&out), newBundle(&out), newAttest(&out),

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -38,17 +39,14 @@ cannot see it.`,
 				}
 				token = strings.TrimSpace(string(b))
 			}
-			c, err := e.workload()
+			var resp *workload.ValidateJWTSVIDResponse
+			err := e.within(cmd.Context(), e.workload, func(ctx context.Context, c *client) (err error) {
+				resp, err = workload.NewSpiffeWorkloadAPIClient(c).ValidateJWTSVID(ctx,
+					&workload.ValidateJWTSVIDRequest{Audience: audience, Svid: token})
+				return err
+			})
 			if err != nil {
 				return err
-			}
-			defer c.Close()
-			ctx, cancel := e.deadline(cmd.Context())
-			defer cancel()
-			resp, err := workload.NewSpiffeWorkloadAPIClient(c).ValidateJWTSVID(ctx,
-				&workload.ValidateJWTSVIDRequest{Audience: audience, Svid: token})
-			if err != nil {
-				return c.fail(err)
 			}
 			if out.json() {
 				return out.message(resp)

@@ -25,8 +25,8 @@ func newWatch(out *output) *cobra.Command {
 		Short: "Print each update of this process's X.509-SVIDs as it comes",
 		Long: `Prints the X.509-SVIDs and bundles of this process, and prints them again whenever
 the daemon sends an update, until it is interrupted. It waits for a daemon that
-restarts, and says so on standard error; where there is no identity it ends with status 3. With --output json
-each update is one line, with the private keys.`,
+restarts, and says so on standard error; where there is no identity it ends with
+status 3. With --output json each update is one line, with the private keys.`,
 		Example: "  deputy watch",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {

@@ -2,6 +2,7 @@ package svid
 
 import (
 	"bytes"
+	"cmp"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/rand"
@@ -27,6 +28,8 @@ const (
 	// maxID is the longest SPIFFE ID that every implementation accepts
 	// (SPIFFE-ID §2.3).
 	maxID = 2048
+	// maxSignature is room for that of an RSA key of 4096 bits.
+	maxSignature = 512
 	// maxCommonName is ub-common-name of RFC 5280.
 	maxCommonName = 64
 )
@@ -186,7 +189,7 @@ func (i *Issuer) JWT(id spiffeid.ID, audience []string, ttl time.Duration) (Toke
 	}
 	enc := base64.RawURLEncoding
 	size := enc.EncodedLen(len(claims))
-	buf := make([]byte, 0, len(i.header)+size+1+512)
+	buf := make([]byte, 0, len(i.header)+size+1+enc.EncodedLen(cmp.Or(2*i.alg.half, maxSignature)))
 	buf = append(buf, i.header...)
 	buf = enc.AppendEncode(buf, claims)
 	sig, err := i.alg.sign(i.o.JWTKey, buf)

@@ -35,8 +35,8 @@ type Authority interface {
 	// X509 returns a chain for the public key of the signer: the leaf first,
 	// then the intermediates, without the root.
 	X509(context.Context, registry.Entry, crypto.Signer) ([]*x509.Certificate, error)
-	// JWT returns a JWT-SVID for these audiences, in JWS compact form.
-	JWT(context.Context, registry.Entry, []string) (string, error)
+	// JWT returns a JWT-SVID for these audiences.
+	JWT(context.Context, registry.Entry, []string) (Token, error)
 	// Bundles returns the bundles and the channel that closes when they are stale.
 	Bundles() (*Bundles, <-chan struct{})
 }

@@ -69,13 +69,12 @@ func (a *authority) X509(ctx context.Context, e registry.Entry, key crypto.Signe
 	return chain, err
 }
 
-func (a *authority) JWT(_ context.Context, e registry.Entry, audience []string) (string, error) {
+func (a *authority) JWT(_ context.Context, e registry.Entry, audience []string) (svid.Token, error) {
 	if err := a.failure(); err != nil {
-		return "", err
+		return svid.Token{}, err
 	}
 	a.minted.Add(1)
-	t, err := a.issuer.JWT(e.SPIFFEID, audience, 5*time.Minute)
-	return t.Compact, err
+	return a.issuer.JWT(e.SPIFFEID, audience, 5*time.Minute)
 }
 
 func (a *authority) Bundles() (*svid.Bundles, <-chan struct{}) { return a.bundles.Load() }

@@ -228,9 +228,8 @@ func (a *Authority) X509(_ context.Context, e registry.Entry, key crypto.Signer)
 }
 
 // JWT implements svid.Authority.
-func (a *Authority) JWT(_ context.Context, e registry.Entry, audience []string) (string, error) {
-	t, err := a.MintJWT(e.SPIFFEID, audience, e.JWTTTL)
-	return t.Compact, err
+func (a *Authority) JWT(_ context.Context, e registry.Entry, audience []string) (svid.Token, error) {
+	return a.MintJWT(e.SPIFFEID, audience, e.JWTTTL)
 }
 
 // Bundles implements svid.Authority.

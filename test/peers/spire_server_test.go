@@ -4,6 +4,7 @@ import (
 	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -25,7 +26,16 @@ func (d *daemon) cli(t *testing.T, noun, verb string, args ...string) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return run(t, binary, append([]string{noun, verb, "-socketPath", d.admin}, args...)...)
+	return run(t, binary, d.command(noun, verb, args)...)
+}
+
+// command is a noun with its verb, if it has one, on the socket of the daemon.
+func (d *daemon) command(noun, verb string, args []string) []string {
+	words := []string{noun, verb, "-socketPath", d.admin}
+	if verb == "" {
+		words = []string{noun, "-socketPath", d.admin}
+	}
+	return append(words, args...)
 }
 
 func (d *daemon) cliFails(t *testing.T, noun, verb string, args ...string) string {
@@ -34,7 +44,7 @@ func (d *daemon) cliFails(t *testing.T, noun, verb string, args ...string) strin
 	if err != nil {
 		t.Fatal(err)
 	}
-	return fail(t, binary, append([]string{noun, verb, "-socketPath", d.admin}, args...)...)
+	return fail(t, binary, d.command(noun, verb, args)...)
 }
 
 func contains(t *testing.T, got string, want ...string) {
@@ -97,9 +107,36 @@ func TestSpireServerEntryCommands(t *testing.T) {
 		{"of another trust domain", []string{"-spiffeID", "spiffe://other.example/agent/x", "-parentID", "spiffe://peers.example/spire/server", "-selector", "unix:uid:1"}, "trust domain"},
 		{"admin", []string{"-admin", "-spiffeID", "spiffe://peers.example/agent/x", "-parentID", "spiffe://peers.example/spire/server", "-selector", "unix:uid:1"}, "admin"},
 		{"downstream", []string{"-downstream", "-spiffeID", "spiffe://peers.example/agent/x", "-parentID", "spiffe://peers.example/spire/server", "-selector", "unix:uid:1"}, "downstream"},
+		{"an ID that is taken", []string{"-entryID", "first", "-spiffeID", "spiffe://peers.example/agent/x", "-parentID", "spiffe://peers.example/spire/server", "-selector", "unix:uid:1"}, "AlreadyExists"},
+		{"an unknown federated bundle", []string{"-federatesWith", "spiffe://unknown.example", "-spiffeID", "spiffe://peers.example/agent/x", "-parentID", "spiffe://peers.example/spire/server", "-selector", "unix:uid:1"}, "unable to find federated bundle"},
+		{"a reserved ID", []string{"-spiffeID", "spiffe://peers.example/spire/x", "-parentID", "spiffe://peers.example/spire/server", "-selector", "unix:uid:1"}, "InvalidArgument"},
+		{"too short a life", []string{"-x509SVIDTTL", "3", "-spiffeID", "spiffe://peers.example/agent/x", "-parentID", "spiffe://peers.example/spire/server", "-selector", "unix:uid:1"}, "shorter than 5s"},
+		{"a bad DNS name", []string{"-dns", "-x", "-spiffeID", "spiffe://peers.example/agent/x", "-parentID", "spiffe://peers.example/spire/server", "-selector", "unix:uid:1"}, "InvalidArgument"},
 		{"storeSVID", []string{"-storeSVID", "-spiffeID", "spiffe://peers.example/agent/x", "-parentID", "spiffe://peers.example/spire/server", "-selector", "unix:uid:1"}, "store"},
 	} {
 		t.Run("create refuses "+c.name, func(t *testing.T) { contains(t, d.cliFails(t, "entry", "create", c.args...), c.want) })
+	}
+
+	for _, c := range []struct {
+		name string
+		args []string
+		want string
+	}{
+		{"no such entry", []string{"-entryID", "none", "-spiffeID", "spiffe://peers.example/agent/x", "-parentID", "spiffe://peers.example/spire/server", "-selector", "unix:uid:1"}, "NotFound"},
+		{"one that would be another's twin", []string{"-entryID", "first", "-spiffeID", "spiffe://peers.example/agent/b", "-parentID", "spiffe://peers.example/spire/server", "-selector", "unix:uid:1000"}, "AlreadyExists"},
+	} {
+		t.Run("update refuses "+c.name, func(t *testing.T) { contains(t, d.cliFails(t, "entry", "update", c.args...), c.want) })
+	}
+	for _, c := range []struct {
+		name string
+		args []string
+		want string
+	}{
+		{"no such entry", []string{"-entryID", "none"}, "NotFound"},
+		{"an ID without a path", []string{"-spiffeID", "spiffe://peers.example"}, "no path"},
+		{"an ID of another trust domain", []string{"-spiffeID", "spiffe://other.example/x"}, "not a member"},
+	} {
+		t.Run("show refuses "+c.name, func(t *testing.T) { contains(t, d.cliFails(t, "entry", "show", c.args...), c.want) })
 	}
 
 	var shown struct {
@@ -112,6 +149,38 @@ func TestSpireServerEntryCommands(t *testing.T) {
 	d.cli(t, "entry", "delete", "-entryID", "first")
 	contains(t, d.cliFails(t, "entry", "delete", "-entryID", "first"), "NotFound")
 	contains(t, d.cli(t, "entry", "count"), "2 registration entries")
+}
+
+// Many at once, from a file: each has a status of its own.
+func TestSpireServerEntryFiles(t *testing.T) {
+	d := start(t, "peers.example", "")
+	file := filepath.Join(t.TempDir(), "entries.json")
+	write := func(text string) {
+		t.Helper()
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const one = `{"entry_id": "%s", "spiffe_id": "spiffe://peers.example/agent/%[1]s", "parent_id": "spiffe://peers.example/spire/server", "selectors": [{"type": "unix", "value": "uid:%d"}], "hint": "%s"}`
+	many := func(hint string) string {
+		return `{"entries": [` + fmt.Sprintf(one, "a", 1, hint) + "," + fmt.Sprintf(one, "b", 2, hint) + "]}"
+	}
+	write(many("x"))
+	contains(t, d.cli(t, "entry", "create", "-data", file), "agent/a", "agent/b")
+	contains(t, d.cliFails(t, "entry", "create", "-data", file), "AlreadyExists")
+	write(many("y"))
+	contains(t, d.cli(t, "entry", "update", "-data", file), "agent/a", "agent/b")
+	contains(t, d.cli(t, "entry", "show", "-hint", "y"), "Found 2 entries")
+	write(`{"ids": ["a", "none"]}`)
+	contains(t, d.cliFails(t, "entry", "delete", "-file", file), "none", "NotFound")
+	contains(t, d.cli(t, "entry", "count"), "1 registration entry")
+}
+
+// An entry of ours whose path is a template does not upset SPIRE's tools.
+func TestSpireServerShowsTemplates(t *testing.T) {
+	d := start(t, "peers.example", "")
+	run(t, d.binary, "entry", "create", "/user/{{unix.user}}", "--selector", "unix:uid:1", "--instance", "--audience", "a", "--admin-socket", d.admin)
+	contains(t, d.cli(t, "entry", "show"), "Found 1 entry", "/user/{{unix.user}}")
 }
 
 func TestSpireServerEntryExpires(t *testing.T) {
@@ -154,12 +223,31 @@ func TestSpireServerBundleCommands(t *testing.T) {
 
 	d.cli(t, "entry", "create", "-spiffeID", "spiffe://peers.example/agent/f", "-parentID", "spiffe://peers.example/spire/server",
 		"-selector", "unix:uid:0", "-federatesWith", "spiffe://other.example", "-entryID", "f")
+	d.cli(t, "entry", "create", "-spiffeID", "spiffe://peers.example/agent/g", "-parentID", "spiffe://peers.example/spire/server", "-selector", "unix:uid:0")
+	for _, how := range []string{"exact", "any", "superset", "subset"} {
+		contains(t, d.cli(t, "entry", "show", "-federatesWith", "spiffe://other.example", "-matchFederatesWithOn", how), "Found 1 entry")
+		contains(t, d.cli(t, "entry", "count", "-federatesWith", "spiffe://third.example", "-matchFederatesWithOn", how), "0 registration entries")
+	}
+	contains(t, d.cliFails(t, "bundle", "set", "-id", "spiffe://peers.example", "-format", "spiffe", "-path", file), "own trust domain")
+	contains(t, d.cliFails(t, "bundle", "list", "-id", "spiffe://third.example"), "NotFound")
+	contains(t, d.cliFails(t, "bundle", "delete", "-id", "spiffe://third.example"), "not found")
 	contains(t, d.cliFails(t, "bundle", "delete", "-id", "spiffe://other.example"), "federated")
 	contains(t, d.cli(t, "bundle", "delete", "-id", "spiffe://other.example", "-mode", "dissociate"), "bundle deleted")
 	if strings.Contains(d.cli(t, "entry", "show", "-entryID", "f"), "other.example") {
 		t.Error("the entry still federates with the deleted bundle's trust domain")
 	}
 	contains(t, d.cli(t, "bundle", "count"), "1 bundle")
+
+	// PEM, and the mode that takes the entries along.
+	pem := filepath.Join(t.TempDir(), "bundle.pem")
+	if err := os.WriteFile(pem, []byte(other.cli(t, "bundle", "show")), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	d.cli(t, "bundle", "set", "-id", "spiffe://other.example", "-path", pem)
+	d.cli(t, "entry", "update", "-spiffeID", "spiffe://peers.example/agent/f", "-parentID", "spiffe://peers.example/spire/server",
+		"-selector", "unix:uid:0", "-federatesWith", "spiffe://other.example", "-entryID", "f")
+	contains(t, d.cli(t, "bundle", "delete", "-id", "spiffe://other.example", "-mode", "delete"), "bundle deleted")
+	contains(t, d.cli(t, "entry", "count"), "1 registration entry")
 }
 
 func TestSpireServerMintCommands(t *testing.T) {
@@ -195,8 +283,12 @@ func TestSpireServerMintCommands(t *testing.T) {
 	if err != nil || svid.ID.String() != "spiffe://peers.example/minted" {
 		t.Fatalf("got %v, %v, want spiffe://peers.example/minted", svid, err)
 	}
-	d.cliFails(t, "x509", "mint", "-spiffeID", "spiffe://other.example/minted")
-	d.cliFails(t, "jwt", "mint", "-spiffeID", "spiffe://other.example/minted", "-audience", "a")
+	contains(t, d.cli(t, "x509", "mint", "-spiffeID", "spiffe://peers.example/minted", "-ttl", "100h"), "capped shorter")
+	contains(t, d.cli(t, "jwt", "mint", "-spiffeID", "spiffe://peers.example/minted", "-audience", "a", "-ttl", "100h"), "capped shorter")
+	for _, id := range []string{"spiffe://other.example/minted", "spiffe://peers.example", "spiffe://peers.example/spire/minted"} {
+		contains(t, d.cliFails(t, "x509", "mint", "-spiffeID", id), "InvalidArgument")
+		contains(t, d.cliFails(t, "jwt", "mint", "-spiffeID", id, "-audience", "a"), "InvalidArgument")
+	}
 }
 
 func TestSpireServerLoggerCommands(t *testing.T) {
@@ -206,7 +298,14 @@ func TestSpireServerLoggerCommands(t *testing.T) {
 	contains(t, strings.ToLower(d.cli(t, "logger", "reset")), "info")
 }
 
+func TestSpireServerHealthcheck(t *testing.T) {
+	d := start(t, "peers.example", "")
+	contains(t, d.cli(t, "healthcheck", ""), "healthy")
+}
+
 func TestSpireServerCommandsOfOtherServicesSaySo(t *testing.T) {
 	d := start(t, "peers.example", "")
-	contains(t, d.cliFails(t, "agent", "list"), "Unimplemented")
+	for _, c := range [][2]string{{"agent", "list"}, {"agent", "count"}, {"federation", "list"}, {"token", "generate"}} {
+		contains(t, d.cliFails(t, c[0], c[1]), "Unimplemented")
+	}
 }

@@ -3,8 +3,8 @@ package endpoint
 import (
 	"context"
 	"errors"
-	"fmt"
 
+	"github.com/deputy-id/deputy/attestor"
 	"github.com/deputy-id/deputy/attestor/peer"
 	adminv1 "github.com/deputy-id/deputy/proto/deputy/admin/v1"
 	"github.com/deputy-id/deputy/svid/registry"
@@ -20,8 +20,8 @@ func (a *admin) RegisterExec(ctx context.Context, in *adminv1.RegisterExecReques
 	if a.s.Names == nil {
 		return nil, adminStatus(errElsewhere)
 	}
-	if err := checkName(in.Name); err != nil {
-		return nil, adminStatus(err)
+	if err := attestor.CheckSelector(attestor.Selector{Type: "process", Value: "exec:" + in.Name}); err != nil {
+		return nil, adminStatus(invalid("%v", err))
 	}
 	p, err := a.open(in.Pid)
 	if err != nil {
@@ -59,18 +59,4 @@ func (a *admin) removeEntry(id string) {
 	if _, err := a.s.Registry.Delete(context.Background(), id); err != nil && !errors.Is(err, registry.ErrNotFound) {
 		a.s.Log.Error("entry of an ended process stays", "entry", id, "error", err)
 	}
-}
-
-func checkName(name string) error {
-	if len(name) < 1 || len(name) > 64 {
-		return invalid("name has %d characters, not 1 to 64", len(name))
-	}
-	for _, c := range []byte(name) {
-		switch {
-		case 'a' <= c && c <= 'z', 'A' <= c && c <= 'Z', '0' <= c && c <= '9', c == '.', c == '_', c == '-':
-		default:
-			return &fault{errInvalid, fmt.Sprintf("name %q has characters other than A-Z a-z 0-9 . _ -", name)}
-		}
-	}
-	return nil
 }

@@ -25,12 +25,15 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+// Who made an entry.
 type Origin int32
 
 const (
 	Origin_ORIGIN_UNSPECIFIED Origin = 0
-	Origin_ORIGIN_API         Origin = 1
-	Origin_ORIGIN_FILE        Origin = 2
+	// A call of this service or of SPIRE's.
+	Origin_ORIGIN_API Origin = 1
+	// The configuration file, which alone may change it.
+	Origin_ORIGIN_FILE Origin = 2
 )
 
 // Enum value maps for Origin.
@@ -218,8 +221,9 @@ func (x *Entry) GetOrigin() Origin {
 }
 
 type AttestProcessRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Pid           int32                  `protobuf:"varint,1,opt,name=pid,proto3" json:"pid,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As the daemon's PID namespace numbers it.
+	Pid           int32 `protobuf:"varint,1,opt,name=pid,proto3" json:"pid,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -333,11 +337,13 @@ func (x *AttestProcessResponse) GetSpiffeIds() []string {
 	return nil
 }
 
+// Selectors of which it is not known whether the process has them.
 type Unknown struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Prefixes of the selectors that are unknown, such as "docker:".
-	Prefixes      []string `protobuf:"bytes,1,rep,name=prefixes,proto3" json:"prefixes,omitempty"`
-	Reason        string   `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	Prefixes []string `protobuf:"bytes,1,rep,name=prefixes,proto3" json:"prefixes,omitempty"`
+	// For a person.
+	Reason        string `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -388,7 +394,8 @@ func (x *Unknown) GetReason() string {
 
 type RegisterExecRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	Pid   int32                  `protobuf:"varint,1,opt,name=pid,proto3" json:"pid,omitempty"`
+	// As the daemon's PID namespace numbers it.
+	Pid int32 `protobuf:"varint,1,opt,name=pid,proto3" json:"pid,omitempty"`
 	// 1 to 64 of the characters A-Z a-z 0-9 . _ -
 	Name string `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
 	// An entry to create for the name and to remove with the process, if set.
@@ -557,8 +564,9 @@ func (x *ListEntriesRequest) GetId() string {
 }
 
 type ListEntriesResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Entries       []*Entry               `protobuf:"bytes,1,rep,name=entries,proto3" json:"entries,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// In serving order.
+	Entries       []*Entry `protobuf:"bytes,1,rep,name=entries,proto3" json:"entries,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -601,8 +609,9 @@ func (x *ListEntriesResponse) GetEntries() []*Entry {
 }
 
 type CreateEntryRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Entry         *Entry                 `protobuf:"bytes,1,opt,name=entry,proto3" json:"entry,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// An ID of its own is made if entry.id is empty.
+	Entry         *Entry `protobuf:"bytes,1,opt,name=entry,proto3" json:"entry,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -689,8 +698,9 @@ func (x *CreateEntryResponse) GetEntry() *Entry {
 }
 
 type UpdateEntryRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Entry         *Entry                 `protobuf:"bytes,1,opt,name=entry,proto3" json:"entry,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// entry.id names it.
+	Entry         *Entry `protobuf:"bytes,1,opt,name=entry,proto3" json:"entry,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -779,7 +789,7 @@ func (x *UpdateEntryResponse) GetEntry() *Entry {
 type ProfileRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Kind  ProfileRequest_Kind    `protobuf:"varint,1,opt,name=kind,proto3,enum=deputy.admin.v1.ProfileRequest_Kind" json:"kind,omitempty"`
-	// How long a CPU profile runs, 1 to 60; 30 if 0.
+	// How long a CPU profile runs, 1 to 60; 30 if 0. Others are of this moment.
 	Seconds       int32 `protobuf:"varint,2,opt,name=seconds,proto3" json:"seconds,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

@@ -33,22 +33,28 @@ const (
 // AdminClient is the client API for Admin service.
 //
 // For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
+//
+// Every call answers PermissionDenied to a peer that may not administer,
+// InvalidArgument to a malformed field.
 type AdminClient interface {
-	// Attests the process that has this PID now, and says what it would be given.
-	// NotFound when there is no such process.
+	// Attests the process that has this PID now, without using what is kept of
+	// it, and says what it would be given. NotFound when there is no such process.
 	AttestProcess(ctx context.Context, in *AttestProcessRequest, opts ...grpc.CallOption) (*AttestProcessResponse, error)
 	// Registers a process under a name: for as long as it lives it has the
-	// selectors process:exec:NAME and process:leader:true.
+	// selectors process:exec:NAME and process:leader:true. NotFound when there is
+	// no such process; AlreadyExists when there is such an entry.
 	RegisterExec(ctx context.Context, in *RegisterExecRequest, opts ...grpc.CallOption) (*RegisterExecResponse, error)
 	// Lists entries of every origin, with the fields that SPIRE's API has no place for.
 	ListEntries(ctx context.Context, in *ListEntriesRequest, opts ...grpc.CallOption) (*ListEntriesResponse, error)
-	// Creates an entry. AlreadyExists when one with the same SPIFFE ID, parent
+	// Creates an entry. Without a parent it is this node's. AlreadyExists when one with the same SPIFFE ID, parent
 	// and selectors is there.
 	CreateEntry(ctx context.Context, in *CreateEntryRequest, opts ...grpc.CallOption) (*CreateEntryResponse, error)
 	// Replaces every field of an entry but its ID, revision and creation time.
-	// FailedPrecondition for an entry of the configuration file.
+	// FailedPrecondition for an entry of the configuration file, NotFound when
+	// there is none.
 	UpdateEntry(ctx context.Context, in *UpdateEntryRequest, opts ...grpc.CallOption) (*UpdateEntryResponse, error)
-	// Takes a profile of the daemon, in pprof's format, in pieces.
+	// Takes a profile of the daemon, in pprof's format, in pieces of 64 KiB at
+	// most. FailedPrecondition while another CPU profile is taken.
 	Profile(ctx context.Context, in *ProfileRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ProfileResponse], error)
 }
 
@@ -132,22 +138,28 @@ type Admin_ProfileClient = grpc.ServerStreamingClient[ProfileResponse]
 // AdminServer is the server API for Admin service.
 // All implementations must embed UnimplementedAdminServer
 // for forward compatibility.
+//
+// Every call answers PermissionDenied to a peer that may not administer,
+// InvalidArgument to a malformed field.
 type AdminServer interface {
-	// Attests the process that has this PID now, and says what it would be given.
-	// NotFound when there is no such process.
+	// Attests the process that has this PID now, without using what is kept of
+	// it, and says what it would be given. NotFound when there is no such process.
 	AttestProcess(context.Context, *AttestProcessRequest) (*AttestProcessResponse, error)
 	// Registers a process under a name: for as long as it lives it has the
-	// selectors process:exec:NAME and process:leader:true.
+	// selectors process:exec:NAME and process:leader:true. NotFound when there is
+	// no such process; AlreadyExists when there is such an entry.
 	RegisterExec(context.Context, *RegisterExecRequest) (*RegisterExecResponse, error)
 	// Lists entries of every origin, with the fields that SPIRE's API has no place for.
 	ListEntries(context.Context, *ListEntriesRequest) (*ListEntriesResponse, error)
-	// Creates an entry. AlreadyExists when one with the same SPIFFE ID, parent
+	// Creates an entry. Without a parent it is this node's. AlreadyExists when one with the same SPIFFE ID, parent
 	// and selectors is there.
 	CreateEntry(context.Context, *CreateEntryRequest) (*CreateEntryResponse, error)
 	// Replaces every field of an entry but its ID, revision and creation time.
-	// FailedPrecondition for an entry of the configuration file.
+	// FailedPrecondition for an entry of the configuration file, NotFound when
+	// there is none.
 	UpdateEntry(context.Context, *UpdateEntryRequest) (*UpdateEntryResponse, error)
-	// Takes a profile of the daemon, in pprof's format, in pieces.
+	// Takes a profile of the daemon, in pprof's format, in pieces of 64 KiB at
+	// most. FailedPrecondition while another CPU profile is taken.
 	Profile(*ProfileRequest, grpc.ServerStreamingServer[ProfileResponse]) error
 	mustEmbedUnimplementedAdminServer()
 }

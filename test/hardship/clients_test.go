@@ -378,3 +378,34 @@ func TestNoise(t *testing.T) {
 	}
 	t.Cleanup(func() { d.fetches(t, "/agent/me") })
 }
+
+// touch is a role: it connects, and ends before it has answered.
+func touch(args []string) error {
+	_, err := net.Dial("unix", args[0])
+	return err
+}
+
+func TestProcessesThatComeAndGo(t *testing.T) {
+	t.Parallel()
+	d := newPlace(t, mine()+others).start(t)
+	d.fetches(t, "/agent/me")
+	descriptors, goroutines := d.descriptors(t), d.goroutines(t)
+	var wg sync.WaitGroup
+	for range 4 {
+		wg.Go(func() {
+			for i := range 50 {
+				var err error
+				if i%5 == 0 {
+					err = d.try("fetch", "x509")
+				} else {
+					err = as("touch", d.workload).Run()
+				}
+				if err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	d.returnsTo(t, descriptors, goroutines)
+}

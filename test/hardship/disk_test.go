@@ -117,6 +117,7 @@ func TestDamagedFiles(t *testing.T) {
 		"keys emptied":                      {"keys.json", func([]byte) []byte { return nil }},
 		"keys of noughts":                   {"keys.json", func(b []byte) []byte { return make([]byte, len(b)) }},
 		"a key of another certificate":      {"keys.json", func(b []byte) []byte { return flip(b, `"key": "`, 60) }},
+		"bundles of others that are none":   {"federated.json", func([]byte) []byte { return []byte("{}") }},
 		"database cut off":                  {"entries.db", func(b []byte) []byte { return b[:len(b)-4096] }},
 		"database emptied":                  {"entries.db", func([]byte) []byte { return nil }},
 		"database whose header is gone":     {"entries.db", func(b []byte) []byte { return append(make([]byte, 100), b[100:]...) }},

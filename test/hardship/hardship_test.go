@@ -47,6 +47,7 @@ const roleEnv = "DEPUTY_HARDSHIP_ROLE"
 var roles = map[string]func(args []string) error{
 	"hold":         hold,
 	"older-kernel": olderKernel,
+	"touch":        touch,
 }
 
 // play plays a role, if this copy has one.

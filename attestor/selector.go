@@ -47,3 +47,9 @@ func (s Selector) String() string { return s.Type + ":" + s.Value }
 func (s Selector) Compare(o Selector) int {
 	return cmp.Or(strings.Compare(s.Type, o.Type), strings.Compare(s.Value, o.Value))
 }
+
+// selectable reports whether an entry could be written that asks for it.
+func selectable(selector string) bool {
+	_, err := ParseSelector(selector)
+	return err == nil
+}

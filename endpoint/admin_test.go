@@ -308,6 +308,19 @@ func TestListEntriesFilters(t *testing.T) {
 	}
 }
 
+// What an administrator brings at once may be far more than a workload asks.
+func TestBatchOfManyEntries(t *testing.T) {
+	w := start(t)
+	ids := slices.Repeat([]string{"0f5e2b9c-6a1d-4c07-9d3e-2b8f4a6c1e70"}, 40_000)
+	r, err := entryv1.NewEntryClient(w.dial(w.admin)).BatchDeleteEntry(context.Background(), &entryv1.BatchDeleteEntryRequest{Ids: ids})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(r.Results) != len(ids) || codes.Code(r.Results[0].Status.Code) != codes.NotFound {
+		t.Errorf("got %d results, want %d of NotFound", len(r.Results), len(ids))
+	}
+}
+
 func TestFederatedBundles(t *testing.T) {
 	w := start(t)
 	api := bundlev1.NewBundleClient(w.dial(w.admin))

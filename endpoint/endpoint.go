@@ -105,7 +105,7 @@ func New(c Config) *Server {
 	reflection.Register(s.workload)
 
 	s.admin = grpc.NewServer(s.options(&handshaker{s: s, accept: s.acceptAdmin},
-		grpc.ChainStreamInterceptor(s.guardStream), grpc.ChainUnaryInterceptor(s.guardUnary))...)
+		grpc.MaxRecvMsgSize(maxBatch), grpc.ChainStreamInterceptor(s.guardStream), grpc.ChainUnaryInterceptor(s.guardUnary))...)
 	entryv1.RegisterEntryServer(s.admin, &entries{s: s})
 	bundlev1.RegisterBundleServer(s.admin, &bundles{s: s})
 	svidv1.RegisterSVIDServer(s.admin, &mint{s: s})
@@ -118,7 +118,8 @@ func New(c Config) *Server {
 
 // Bounds of what a client may send.
 const (
-	maxMessage = 1 << 20
+	maxMessage = 1<<20 + 4<<10 // so that what is wrong with a field of a MiB can be said
+	maxBatch   = 16 << 20      // of an administrator, who may bring thousands of entries or a large bundle
 	maxHeaders = 16 << 10
 )
 

@@ -67,6 +67,9 @@ func (a *Authority) changeFederated(change func(map[spiffeid.TrustDomain]*svid.B
 		return err
 	}
 	// A bundle that could not be read again would stop the next start.
+	if len(data) > maxFile {
+		return fmt.Errorf("all bundles together would have %d bytes, more than %d", len(data), maxFile)
+	}
 	if _, err := decodeFederated(data, a.o.TrustDomain); err != nil {
 		return err
 	}

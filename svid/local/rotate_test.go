@@ -2,8 +2,10 @@ package local
 
 import (
 	"context"
+	"crypto"
 	"crypto/x509"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -577,6 +579,26 @@ func FuzzDecodeFederated(f *testing.F) {
 			t.Fatal(err)
 		}
 	})
+}
+
+// What is stored can be read again, or the next start would fail.
+func TestBundlesThatAreTooLargeTogetherAreRefused(t *testing.T) {
+	dir := t.TempDir()
+	a := open(t, Options{DataDir: dir})
+	ca := bundleOf(a).X509Authorities[0]
+	var err error
+	for i := 0; i < 10 && err == nil; i++ {
+		err = a.SetFederated(&svid.Bundle{
+			TrustDomain:     spiffeid.RequireTrustDomainFromString(fmt.Sprintf("td%d.example", i)),
+			JWTAuthorities:  map[string]crypto.PublicKey{strings.Repeat("k", maxFile/4): ca.PublicKey},
+			X509Authorities: []*x509.Certificate{ca},
+		})
+	}
+	if err == nil {
+		t.Error("got no error, want one of the size")
+	}
+	a.Close()
+	open(t, Options{DataDir: dir})
 }
 
 func TestKeyThatWasPreparedLateSignsBeforeTheOldOneEnds(t *testing.T) {

@@ -1,3 +1,4 @@
+// Package script plays the scripts of this directory against the real binary.
 package script
 
 import (

@@ -154,6 +154,13 @@ func (p Problem) String() string {
 // error.
 type Problems []Problem
 
+// Within reports whether one of the problems lies in that part of the file.
+func (p Problems) Within(r hcl.Range) bool {
+	return slices.ContainsFunc(p, func(one Problem) bool {
+		return one.Range.Filename == r.Filename && one.Range.Start.Byte >= r.Start.Byte && one.Range.End.Byte <= r.End.Byte
+	})
+}
+
 // Error writes a problem a line.
 func (p Problems) Error() string {
 	lines := make([]string, len(p))

@@ -5,8 +5,6 @@ import (
 	"os"
 	"slices"
 
-	"github.com/hashicorp/hcl/v2"
-
 	"github.com/deputy-id/deputy/attestor"
 	"github.com/deputy-id/deputy/conf"
 	"github.com/deputy-id/deputy/svid/registry"
@@ -58,7 +56,7 @@ func (s *settings) check(problems conf.Problems) conf.Problems {
 				at := e.At(f.Field)
 				switch {
 				case f.Field == "selectors" && !selectorsFine: // said at the selector itself
-				case slices.ContainsFunc(said, func(p conf.Problem) bool { return within(p.Range, at) }):
+				case said.Within(at):
 				default:
 					problems.Add(at, "%s", f.Reason)
 				}
@@ -83,11 +81,6 @@ func (s *settings) check(problems conf.Problems) conf.Problems {
 		s.entries = append(s.entries, checked)
 	}
 	return problems
-}
-
-// within reports whether a range of the file lies in another.
-func within(r, in hcl.Range) bool {
-	return r.Filename == in.Filename && r.Start.Byte >= in.Start.Byte && r.End.Byte <= in.End.Byte
 }
 
 // entry is an entry of the file as one of the registry's, unchecked but for

@@ -48,7 +48,7 @@ func (a *mint) MintX509SVID(_ context.Context, in *svidv1.MintX509SVIDRequest) (
 	for _, c := range chain {
 		out.CertChain = append(out.CertChain, c.Raw)
 	}
-	a.s.Log.Info("X.509-SVID minted", "spiffe_id", id, "expires", chain[0].NotAfter)
+	a.s.Log.Info("X.509-SVID minted", "spiffe_id", id, "expires", chain[0].NotAfter.UTC().Format(time.RFC3339))
 	return &svidv1.MintX509SVIDResponse{Svid: out}, nil
 }
 
@@ -101,7 +101,7 @@ func (a *mint) MintJWTSVID(_ context.Context, in *svidv1.MintJWTSVIDRequest) (*s
 	if err != nil {
 		return nil, adminStatus(err)
 	}
-	a.s.Log.Info("JWT-SVID minted", "spiffe_id", id, "expires", token.Expires)
+	a.s.Log.Info("JWT-SVID minted", "spiffe_id", id, "expires", token.Expires.UTC().Format(time.RFC3339))
 	return &svidv1.MintJWTSVIDResponse{Svid: &types.JWTSVID{
 		Token:     token.Compact,
 		Id:        spireID(id),

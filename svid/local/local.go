@@ -138,6 +138,10 @@ func Open(ctx context.Context, o Options) (_ *Authority, err error) {
 		}
 		a.log.Warn("key rotation failed, signing with the keys there are", "error", err)
 	}
+	if x := a.state.X509; !a.fits(x.Active) && x.Prepared != nil {
+		a.log.Warn("upstream was configured otherwise when the CA was made; the next one follows the configuration",
+			"signs_from", x.Active.activateAt(x.Prepared))
+	}
 	return a, nil
 }
 

@@ -95,6 +95,10 @@ func (a *Authority) ended(s *slot, now time.Time) bool {
 	return !now.Before(s.Expires) || now.Before(s.start())
 }
 
+// fits reports whether a CA hangs under an upstream just where one is
+// configured, which may have changed since it was made.
+func (a *Authority) fits(ca *slot) bool { return ca.selfSigned() != a.o.Upstream.given() }
+
 // rotateNow is rotate for a caller who cannot sign otherwise. It is not tried
 // more than once a second, so that a full disk does not make each call write.
 func (a *Authority) rotateNow() error {
@@ -115,9 +119,10 @@ func (a *Authority) rotateLocked(now time.Time) error {
 	for _, k := range []struct {
 		name  string
 		slots *slots
+		fits  func(*slot) bool
 		make  func(time.Time) (*slot, error)
-	}{{"X.509", &next.X509, a.makeCA}, {"JWT", &next.JWT, a.makeJWTKey}} {
-		forced, err := k.slots.step(now, func(o *slot) bool { return a.ended(o, now) }, k.make)
+	}{{"X.509", &next.X509, a.fits, a.makeCA}, {"JWT", &next.JWT, func(*slot) bool { return true }, a.makeJWTKey}} {
+		forced, err := k.slots.step(now, func(o *slot) bool { return a.ended(o, now) }, k.fits, k.make)
 		if err != nil && failed == nil {
 			failed = fmt.Errorf("rotate %s key: %w", k.name, err)
 		}
@@ -147,7 +152,7 @@ func (a *Authority) rotateLocked(now time.Time) error {
 		return err
 	}
 	a.log.Info("keys rotated", "sequence", next.Sequence,
-		"ca_ends", next.X509.Active.Expires, "jwt_key", next.JWT.Active.ID)
+		"ca_ends", next.X509.Active.Expires.UTC().Format(time.RFC3339), "jwt_key", next.JWT.Active.ID)
 	select {
 	case a.rotated <- struct{}{}:
 	default:

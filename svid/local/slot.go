@@ -53,6 +53,11 @@ func (s *slot) activateAt(next *slot) time.Time {
 	return at
 }
 
+// selfSigned reports whether a CA is its own root.
+func (s *slot) selfSigned() bool {
+	return len(s.roots) == 1 && len(s.chain) == 1 && s.roots[0].Equal(s.chain[0])
+}
+
 // retired is the slot without its private key.
 func (s *slot) retired() *slot {
 	r := *s
@@ -77,12 +82,12 @@ func (s *slots) all() []*slot {
 	return all
 }
 
-// take removes from the old keys the first to end of those that can still sign
-// and end after the time, and returns it; nil if there is none.
-func (s *slots) take(now, after time.Time) *slot {
+// take removes from the old keys the first to end of those that fit, can still
+// sign and end after the time, and returns it; nil if there is none.
+func (s *slots) take(now, after time.Time, fits func(*slot) bool) *slot {
 	at := -1
 	for i, o := range s.Old {
-		if o.usable(now) && o.Expires.After(after) && (at < 0 || o.Expires.Before(s.Old[at].Expires)) {
+		if fits(o) && o.usable(now) && o.Expires.After(after) && (at < 0 || o.Expires.Before(s.Old[at].Expires)) {
 			at = i
 		}
 	}
@@ -100,22 +105,23 @@ func (s *slots) take(now, after time.Time) *slot {
 //
 // Time may be wrong for a while: a key that it puts out of use keeps its private
 // half, and serves again when the clock is right. Only what has ended for sure
-// is dropped.
-func (s *slots) step(now time.Time, ended func(*slot) bool, make func(time.Time) (*slot, error)) (forced bool, err error) {
+// is dropped. A key that does not fit the configuration is followed by one that
+// does as soon as that is known well enough.
+func (s *slots) step(now time.Time, ended, fits func(*slot) bool, make func(time.Time) (*slot, error)) (forced bool, err error) {
 	s.Old = slices.DeleteFunc(slices.Clone(s.Old), ended)
 	keep := func(o *slot) {
 		if !ended(o) {
 			s.Old = append(s.Old, o)
 		}
 	}
-	if s.Prepared != nil && !s.Prepared.usable(now) {
+	if s.Prepared != nil && (!s.Prepared.usable(now) || !fits(s.Prepared)) {
 		keep(s.Prepared)
 		s.Prepared = nil
 	}
 	if s.Active != nil && !s.Active.usable(now) {
 		next := s.Prepared
 		if next == nil {
-			next = s.take(now, now)
+			next = s.take(now, now, fits)
 		}
 		if next == nil {
 			if next, err = make(now); err != nil {
@@ -131,8 +137,8 @@ func (s *slots) step(now time.Time, ended func(*slot) bool, make func(time.Time)
 			return forced, err
 		}
 	}
-	if s.Prepared == nil && !now.Before(s.Active.prepareAt()) {
-		next := s.take(now, s.Active.Expires)
+	if s.Prepared == nil && (!now.Before(s.Active.prepareAt()) || !fits(s.Active)) {
+		next := s.take(now, s.Active.Expires, fits)
 		if next == nil {
 			if next, err = make(now); err != nil {
 				return forced, err

@@ -116,6 +116,46 @@ func TestUpstreamSignsTheCA(t *testing.T) {
 	})
 }
 
+// An upstream that is configured later, or no more, is followed by the next CA,
+// which is made at once and published for as long as ever before it signs.
+func TestUpstreamThatIsConfiguredLaterIsFollowed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := newPKI(t, nil)
+		dir := t.TempDir()
+		a := open(t, Options{DataDir: dir})
+		before := bundleOf(a)
+		for _, o := range []Options{{DataDir: dir, Upstream: p.files}, {DataDir: dir}} {
+			time.Sleep(time.Minute)
+			a.Close()
+			a = open(t, o)
+			if a.fits(a.state.X509.Active) || a.state.X509.Prepared == nil || !a.fits(a.state.X509.Prepared) {
+				t.Fatalf("the next CA does not follow the configuration: %v", a.failure)
+			}
+			verify(t, a, before)
+			published := bundleOf(a)
+			time.Sleep(8 * time.Hour)
+			if err := a.rotate(time.Now()); err != nil {
+				t.Fatal(err)
+			}
+			if !a.fits(a.state.X509.Active) {
+				t.Error("a third of a CA's life later the old one signs")
+			}
+			verify(t, a, published)
+			before = bundleOf(a)
+		}
+		// Back before it signs: the one of before stays.
+		time.Sleep(time.Minute)
+		a.Close()
+		a = open(t, Options{DataDir: dir, Upstream: p.files})
+		was := a.state.X509
+		a.Close()
+		a = open(t, Options{DataDir: dir})
+		if a.state.X509.Active.ID != was.Active.ID || a.state.X509.Prepared != nil {
+			t.Error("got another CA although the configuration is as it was")
+		}
+	})
+}
+
 func TestUpstreamThatEndsEndsTheCA(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := newPKI(t, func(c *x509.Certificate) { c.NotAfter = time.Now().Add(10 * time.Hour) })

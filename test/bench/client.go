@@ -1,12 +1,12 @@
 package main
 
 import (
-	"bufio"
 	"context"
 	"encoding/json"
 	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"slices"
 	"strconv"
 	"sync"
@@ -25,9 +25,13 @@ type sample struct {
 	Elapsed time.Duration `json:"elapsed_ns"`
 	P50     time.Duration `json:"p50_ns"`
 	P99     time.Duration `json:"p99_ns"`
+
+	cpu time.Duration // of the server meanwhile
 }
 
 func (s sample) perSecond() float64 { return float64(s.Ops) / s.Elapsed.Seconds() }
+
+func (s sample) cpuEach() time.Duration { return s.cpu / time.Duration(max(s.Ops, 1)) }
 
 func dial(socket string) (*grpc.ClientConn, error) {
 	return grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
@@ -159,10 +163,46 @@ func measure(op, socket string, workers int, length time.Duration) error {
 	})
 }
 
-// hold opens streams on one connection and prints a line when all have had
-// their first message, then one line "N S" per further message: the stream
-// and how many seconds its SVID had left. It ends when its input does.
-func hold(socket string, streams int) error {
+// hold starts so many processes that each hold streams, waits until its input
+// ends, and ends them. What they print comes out unchanged.
+func hold(socket string, processes, streams int) error {
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	held := make([]*exec.Cmd, processes)
+	var inputs []io.Closer
+	defer func() {
+		for _, in := range inputs {
+			in.Close()
+		}
+		for _, c := range held {
+			if c != nil {
+				c.Wait()
+			}
+		}
+	}()
+	for i := range held {
+		c := exec.Command(self, "held", socket, strconv.Itoa(i), strconv.Itoa(streams))
+		c.Stdout, c.Stderr = os.Stdout, os.Stderr
+		in, err := c.StdinPipe()
+		if err != nil {
+			return err
+		}
+		inputs = append(inputs, in)
+		if err := c.Start(); err != nil {
+			return err
+		}
+		held[i] = c
+	}
+	_, err = io.Copy(io.Discard, os.Stdin)
+	return err
+}
+
+// holdOwn opens streams on one connection and prints "ready" when all have had
+// their first message, then a line for each further one: the number of this
+// process, that of the stream, and the time. It ends when its input does.
+func holdOwn(socket, process string, streams int) error {
 	conn, err := dial(socket)
 	if err != nil {
 		return err
@@ -171,11 +211,7 @@ func hold(socket string, streams int) error {
 	c := workload.NewSpiffeWorkloadAPIClient(conn)
 	ctx, cancel := context.WithCancel(withHeader(context.Background()))
 	defer cancel()
-	var (
-		first sync.WaitGroup
-		mu    sync.Mutex // guards out
-		out   = bufio.NewWriter(os.Stdout)
-	)
+	var first sync.WaitGroup
 	first.Add(streams)
 	for n := range streams {
 		stream, err := c.FetchX509SVID(ctx, &workload.X509SVIDRequest{})
@@ -192,18 +228,13 @@ func hold(socket string, streams int) error {
 				if _, err := stream.Recv(); err != nil {
 					return
 				}
-				mu.Lock()
-				fmt.Fprintln(out, n, time.Now().UnixNano())
-				out.Flush()
-				mu.Unlock()
+				// One write for a line: the other processes have the same output.
+				fmt.Println(process, n, time.Now().UnixNano())
 			}
 		}()
 	}
 	first.Wait()
-	mu.Lock()
-	fmt.Fprintln(out, "ready")
-	out.Flush()
-	mu.Unlock()
+	fmt.Println("ready")
 	_, err = io.Copy(io.Discard, os.Stdin)
 	return err
 }

@@ -29,6 +29,7 @@ func clients(self, dir string) (place, func(), error) {
 			dir:    dir,
 			client: func(args ...string) *exec.Cmd { return exec.Command(self, args...) },
 			config: entry(digest),
+			spire:  []string{digest},
 			what:   "on the host, known by executable digest",
 		}, func() {}, nil
 	}
@@ -75,7 +76,9 @@ func inContainer(e *engine.Engine, program []byte, dir, digest string) (place, e
 		},
 		config: fmt.Sprintf("attestor \"docker\" { socket = %q }\n", e.Socket()) +
 			entry("image:config_digest:"+strings.TrimSpace(string(id)), digest),
-		what: "in a container, known by image and executable digest",
+		spire:  []string{"docker:image_config_digest:" + strings.TrimSpace(string(id)), digest},
+		docker: e.Socket(),
+		what:   "in a container, known by image and executable digest",
 	}, nil
 }
 

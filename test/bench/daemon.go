@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -71,25 +72,55 @@ admin_socket { path = %q }
 	return s, nil
 }
 
+// profiled runs f and writes what the daemon spent meanwhile.
+func (o options) profiled(s *server, what string, f func() error) error {
+	ended := make(chan error, 1)
+	go func() { ended <- f() }()
+	cpu, err := s.profile(adminv1.ProfileRequest_KIND_CPU, int32(max(o.length/time.Second, 1)))
+	if err := errors.Join(err, <-ended); err != nil {
+		return err
+	}
+	allocs, err := s.profile(adminv1.ProfileRequest_KIND_ALLOCS, 0)
+	if err != nil {
+		return err
+	}
+	return errors.Join(
+		os.WriteFile(o.profile+"."+what+".cpu", cpu, 0o644),
+		os.WriteFile(o.profile+"."+what+".allocs", allocs, 0o644), // since the daemon's start
+	)
+}
+
+// profile takes one of the daemon.
+func (s *server) profile(kind adminv1.ProfileRequest_Kind, seconds int32) ([]byte, error) {
+	conn, err := dial(s.admin)
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close()
+	stream, err := adminv1.NewAdminClient(conn).Profile(context.Background(), &adminv1.ProfileRequest{Kind: kind, Seconds: seconds})
+	if err != nil {
+		return nil, err
+	}
+	var all []byte
+	for {
+		r, err := stream.Recv()
+		if err == io.EOF {
+			return all, nil
+		}
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, r.Chunk...)
+	}
+}
+
 // collect makes the server collect its garbage.
 func (s *server) collect() error {
 	if s.admin == "" {
 		return s.cmd.Process.Signal(syscall.SIGUSR1)
 	}
-	conn, err := dial(s.admin)
-	if err != nil {
-		return err
-	}
-	defer conn.Close()
-	stream, err := adminv1.NewAdminClient(conn).Profile(context.Background(), &adminv1.ProfileRequest{Kind: adminv1.ProfileRequest_KIND_HEAP})
-	if err != nil {
-		return err
-	}
-	for {
-		if _, err := stream.Recv(); err != nil {
-			return nil
-		}
-	}
+	_, err := s.profile(adminv1.ProfileRequest_KIND_HEAP, 0)
+	return err
 }
 
 // resident is the resident set in KiB after a garbage collection.

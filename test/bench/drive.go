@@ -33,7 +33,9 @@ type options struct {
 	length             time.Duration
 	rounds, workers    int
 	processes, streams int
+	alone              int
 	only               string
+	profile            string
 }
 
 func (o options) wants(name string) bool { return o.only == "" || o.only == name }
@@ -42,8 +44,10 @@ func (o options) wants(name string) bool { return o.only == "" || o.only == name
 type place struct {
 	dir    string // with deputy/public and bare in it, seen under the same path by clients
 	client func(args ...string) *exec.Cmd
-	config string // an entry for the clients, with the attestors that it needs
-	what   string // in words
+	config string   // an entry for the clients, with the attestors that it needs
+	spire  []string // the selectors of that entry for SPIRE
+	docker string   // socket of the engine, empty if there is none
+	what   string   // in words
 }
 
 func drive(o options) error {
@@ -89,20 +93,14 @@ func drive(o options) error {
 	}
 	defer bare.stop()
 
-	fmt.Printf("\n%-34s %21s %21s %7s\n%-34s %9s %5s %5s %9s %5s %5s %7s\n", "", "deputy", "bare gRPC", "ratio",
-		"", "ops/s", "p50", "p99", "ops/s", "p50", "p99", "")
-	for _, row := range []struct{ op, title string }{
-		{"x509", "X.509 fetch, stream per call"},
-		{"connect", "X.509 fetch, connection per call"},
-		{"jwt", "JWT mint, audience never seen"},
-		{"validate", "JWT validate"},
-	} {
-		if !o.wants(row.op) {
-			continue
-		}
-		if err := compare(o, p, row.op, row.title, deputy, bare); err != nil {
-			return fmt.Errorf("%s: %w\n%s", row.title, err, deputy.log)
-		}
+	rows := []row{
+		{"x509", "X.509 fetch, stream per call", 0.8},
+		{"connect", "X.509 fetch, connection per call", 0.7},
+		{"jwt", "JWT mint, audience never seen", 0.8},
+		{"validate", "JWT validate", 0.8},
+	}
+	if err := table(o, p, "bare gRPC", rows, deputy, bare); err != nil {
+		return fmt.Errorf("%w\n%s", err, deputy.log)
 	}
 	if o.wants("memory") {
 		if err := memory(o, p, deputy, bare); err != nil {
@@ -114,11 +112,61 @@ func drive(o options) error {
 			return fmt.Errorf("change: %w\n%s", err, deputy.log)
 		}
 	}
+	if o.wants("spire") {
+		if err := besideSPIRE(o, p, deputy); err != nil {
+			return fmt.Errorf("%w\n%s", err, deputy.log)
+		}
+	}
 	deputy.stop()
 	if o.wants("rotation") {
 		return rotation(o, p)
 	}
 	return nil
+}
+
+// A row is an operation in words, with the ratio that is the target.
+type row struct {
+	op, title string
+	target    float64
+}
+
+// table measures the rows that are wanted.
+func table(o options, p place, name string, rows []row, deputy, other *server) error {
+	rows = slices.DeleteFunc(rows, func(r row) bool { return !o.wants(r.op) })
+	if len(rows) == 0 {
+		return nil
+	}
+	fmt.Printf("\n%-34s %25s %25s %6s %7s\n%-34s", "", "deputy", name, "ratio", "target", "")
+	for range 2 {
+		fmt.Printf(" %7s %5s %5s %5s", "ops/s", "p50", "p99", "cpu")
+	}
+	fmt.Println()
+	for _, r := range rows {
+		if err := compare(o, p, r, deputy, other); err != nil {
+			return fmt.Errorf("%s: %w", r.title, err)
+		}
+	}
+	return nil
+}
+
+// besideSPIRE compares with SPIRE's agent what that serves from memory: for a
+// new JWT-SVID it asks its server, which is another thing.
+func besideSPIRE(o options, p place, deputy *server) error {
+	if _, _, err := spireBinaries(); err != nil {
+		fmt.Println("\nbeside spire-agent: not measured, `make bench-peers` builds it first:", err)
+		return nil
+	}
+	agent, stop, err := startSPIRE(p)
+	if err != nil {
+		return err
+	}
+	defer stop()
+	o.only = ""
+	return table(o, p, "spire-agent "+spireVersion, []row{
+		{"x509", "X.509 fetch, stream per call", 4},
+		{"connect", "X.509 fetch, connection per call", 0},
+		{"validate", "JWT validate", 0},
+	}, deputy, agent)
 }
 
 // save prints the first message of FetchX509SVID, marshalled.
@@ -148,34 +196,63 @@ func explain(err error) error {
 	return err
 }
 
-// compare measures both servers in turn and prints a row.
-func compare(o options, p place, op, title string, deputy, bare *server) error {
-	var d, b []sample
-	for range o.rounds {
-		for _, m := range []struct {
-			s   *server
-			all *[]sample
-		}{{deputy, &d}, {bare, &b}} {
-			out, err := p.client("measure", op, m.s.socket, fmt.Sprint(o.workers), o.length.String()).Output()
+// compare measures both servers in turn and prints a row. Who comes first
+// changes from round to round.
+func compare(o options, p place, r row, deputy, other *server) error {
+	both := [2]*server{deputy, other}
+	var samples [2][]sample
+	for round := range o.rounds {
+		for turn := range both {
+			i := (round + turn) % 2
+			s, err := sampleOf(o, p, r.op, both[i])
 			if err != nil {
-				return explain(err)
-			}
-			var s sample
-			if err := json.Unmarshal(out, &s); err != nil {
 				return err
 			}
-			*m.all = append(*m.all, s)
+			samples[i] = append(samples[i], s)
 		}
 	}
-	ratios := make([]float64, len(d))
-	for i := range d {
-		ratios[i] = d[i].perSecond() / b[i].perSecond()
+	if o.profile != "" {
+		if err := o.profiled(deputy, r.op, func() error {
+			_, err := sampleOf(o, p, r.op, deputy)
+			return err
+		}); err != nil {
+			return err
+		}
 	}
-	md, mb := median(d), median(b)
-	fmt.Printf("%-34s %9.0f %5d %5d %9.0f %5d %5d %7.2f\n", title,
-		md.perSecond(), md.P50.Microseconds(), md.P99.Microseconds(),
-		mb.perSecond(), mb.P50.Microseconds(), mb.P99.Microseconds(), middle(ratios))
+	ratios := make([]float64, o.rounds)
+	for i := range ratios {
+		ratios[i] = samples[0][i].perSecond() / samples[1][i].perSecond()
+	}
+	fmt.Printf("%-34s", r.title)
+	for _, all := range samples {
+		s := median(all)
+		fmt.Printf(" %7.0f %5d %5d %5d", s.perSecond(), s.P50.Microseconds(), s.P99.Microseconds(), s.cpuEach().Microseconds())
+	}
+	fmt.Printf(" %6.2f", middle(ratios))
+	if r.target > 0 {
+		fmt.Printf(" %7s", fmt.Sprintf("≥ %g", r.target))
+	}
+	fmt.Println()
 	return nil
+}
+
+// sampleOf has a client measure the server.
+func sampleOf(o options, p place, op string, of *server) (sample, error) {
+	var s sample
+	before, err := of.cpu()
+	if err != nil {
+		return s, err
+	}
+	out, err := p.client("measure", op, of.socket, fmt.Sprint(o.workers), o.length.String()).Output()
+	if err != nil {
+		return s, explain(err)
+	}
+	if err := json.Unmarshal(out, &s); err != nil {
+		return s, err
+	}
+	after, err := of.cpu()
+	s.cpu = after - before
+	return s, err
 }
 
 func median(s []sample) sample {
@@ -188,56 +265,52 @@ func middle[T cmp.Ordered](s []T) T {
 	return s[len(s)/2]
 }
 
-// holder is a process that holds streams.
-type holder struct {
+// holders are processes that hold streams.
+type holders struct {
 	cmd   *exec.Cmd
 	in    io.WriteCloser
-	lines chan string
+	lines chan string // what they print of each message after the first
 }
 
-func startHolders(o options, p place, socket string) ([]*holder, func(), error) {
-	var hs []*holder
-	stop := func() {
-		for _, h := range hs {
-			h.in.Close()
+// hold returns when each process has had the first message of all its streams.
+func (p place) hold(socket string, processes, streams int) (*holders, error) {
+	h := &holders{cmd: p.client("hold", socket, fmt.Sprint(processes), fmt.Sprint(streams)), lines: make(chan string, processes*streams)}
+	h.cmd.Stderr = os.Stderr
+	var err error
+	if h.in, err = h.cmd.StdinPipe(); err != nil {
+		return nil, err
+	}
+	out, err := h.cmd.StdoutPipe()
+	if err != nil {
+		return nil, err
+	}
+	if err := h.cmd.Start(); err != nil {
+		return nil, err
+	}
+	go func() {
+		defer close(h.lines)
+		for s := bufio.NewScanner(out); s.Scan(); {
+			h.lines <- s.Text()
 		}
-		for _, h := range hs {
-			for range h.lines {
-			}
-			h.cmd.Wait()
+	}()
+	for ready := 0; ready < processes; {
+		line, ok := <-h.lines
+		if !ok {
+			h.stop()
+			return nil, errors.New("a holder of streams ended")
+		}
+		if line == "ready" {
+			ready++
 		}
 	}
-	for range o.processes {
-		h := &holder{cmd: p.client("hold", socket, fmt.Sprint(o.streams)), lines: make(chan string, o.streams)}
-		h.cmd.Stderr = os.Stderr
-		in, err := h.cmd.StdinPipe()
-		if err != nil {
-			stop()
-			return nil, nil, err
-		}
-		out, err := h.cmd.StdoutPipe()
-		if err != nil {
-			stop()
-			return nil, nil, err
-		}
-		if err := h.cmd.Start(); err != nil {
-			stop()
-			return nil, nil, err
-		}
-		h.in = in
-		go func() {
-			defer close(h.lines)
-			for s := bufio.NewScanner(out); s.Scan(); {
-				h.lines <- s.Text()
-			}
-		}()
-		hs = append(hs, h)
-		if line := <-h.lines; line != "ready" {
-			stop()
-			return nil, nil, fmt.Errorf("a holder of streams said %q", line)
-		}
+	return h, nil
+}
+
+func (h *holders) stop() {
+	h.in.Close()
+	for range h.lines {
 	}
-	return hs, stop, nil
+	h.cmd.Wait()
 }
 
 // memory opens many streams on each server and prints what each costs.
@@ -248,12 +321,12 @@ func memory(o options, p place, deputy, bare *server) error {
 		if err != nil {
 			return err
 		}
-		_, stop, err := startHolders(o, p, s.socket)
+		h, err := p.hold(s.socket, o.processes, o.streams)
 		if err != nil {
 			return err
 		}
 		after, err := s.resident()
-		stop()
+		h.stop()
 		if err != nil {
 			return err
 		}
@@ -285,9 +358,11 @@ func signature() (time.Duration, error) {
 	return time.Since(start) / n, nil
 }
 
-// rotation holds many streams of short SVIDs through several rotations.
+// rotation has processes hold streams of short SVIDs through several
+// rotations, in two shapes: what is signed is one SVID per process, what is sent
+// one message per stream.
 func rotation(o options, p place) error {
-	const ttl = 20 * time.Second
+	const ttl = 6 * time.Second // short, to see many rotations
 	dir := filepath.Join(p.dir, "deputy")
 	if err := os.RemoveAll(dir); err != nil {
 		return err
@@ -302,63 +377,68 @@ func rotation(o options, p place) error {
 	if err != nil {
 		return err
 	}
-	hs, stop, err := startHolders(o, p, s.socket)
-	if err != nil {
-		return fmt.Errorf("%w\n%s", err, s.log)
+	fmt.Printf("\nrotation of SVIDs of %s; a key and a certificate cost %s of processor time\n%-34s %9s %9s %6s %6s %12s %10s\n", ttl, each.Round(time.Microsecond),
+		"", "rotations", "cpu/SVID", "ratio", "target", "cpu/message", "late, none")
+	for _, shape := range [][2]int{{o.alone, 1}, {o.processes, o.streams}} {
+		if err := rotate(s, p, shape[0], shape[1], ttl, each); err != nil {
+			return fmt.Errorf("%w\n%s", err, s.log)
+		}
 	}
+	return nil
+}
+
+func rotate(s *server, p place, processes, streams int, ttl, each time.Duration) error {
+	h, err := p.hold(s.socket, processes, streams)
+	if err != nil {
+		return err
+	}
+	defer h.stop()
 	before, err := s.cpu()
 	if err != nil {
 		return err
 	}
 	start := time.Now()
-	updates := 0
 	last := make(map[[2]int]time.Duration) // since start, per process and stream
-	var late int
-	for deadline := time.After(2 * ttl); ; {
+	late, messages := 0, 0
+	for end := time.After(4 * ttl); ; {
+		var line string
 		select {
-		case <-deadline:
-		default:
-			idle := true
-			for i, h := range hs {
-				select {
-				case line, ok := <-h.lines:
-					if !ok {
-						return errors.New("a holder of streams ended")
-					}
-					idle = false
-					var n int
-					var at int64
-					if _, err := fmt.Sscan(line, &n, &at); err != nil {
-						return err
-					}
-					since := time.Unix(0, at).Sub(start)
-					if since-last[[2]int{i, n}] > ttl {
-						late++
-					}
-					last[[2]int{i, n}] = since
-					updates++
-				default:
-				}
-			}
-			if idle {
-				time.Sleep(time.Millisecond)
-			}
-			continue
+		case <-end:
+		case line = <-h.lines:
 		}
-		break
+		if line == "" {
+			break
+		}
+		var stream [2]int
+		var at int64
+		if _, err := fmt.Sscan(line, &stream[0], &stream[1], &at); err != nil {
+			return err
+		}
+		since := time.Unix(0, at).Sub(start)
+		if since-last[stream] > ttl {
+			late++
+		}
+		last[stream] = since
+		messages++
 	}
 	after, err := s.cpu()
-	stop()
 	if err != nil {
 		return err
 	}
-	missed := o.processes*o.streams - len(last)
-	rounds := float64(updates) / float64(o.processes*o.streams)
-	signatures := time.Duration(rounds * float64(o.processes) * float64(each))
-	fmt.Printf("\nrotation: %d streams of %d processes, SVIDs of %s, %.1f rotations in %s\n", o.processes*o.streams, o.processes, ttl, rounds, time.Since(start).Round(time.Second))
-	fmt.Printf("  streams without a new SVID %d, later than their SVID %d\n", missed, late)
-	fmt.Printf("  processor time %s: %s a message, of which keys and certificates are %s in all (%s each)\n",
-		after-before, ((after - before) / time.Duration(max(updates, 1))).Round(time.Microsecond), signatures.Round(time.Millisecond), each.Round(time.Microsecond))
+	if messages == 0 {
+		return errors.New("no SVID was rotated")
+	}
+	spent := after - before
+	issued := time.Duration(messages / streams)
+	perSVID := spent / issued
+	ratio := float64(perSVID) / float64(each)
+	target := "met"
+	if ratio > 2 {
+		target = "missed"
+	}
+	fmt.Printf("%-34s %9.1f %9d %6.2f %6s %12d %5d %4d\n", fmt.Sprintf("%d processes, %d streams each", processes, streams),
+		float64(messages)/float64(processes*streams), perSVID.Microseconds(), ratio, target,
+		(spent / time.Duration(messages)).Microseconds(), late, processes*streams-len(last))
 	return nil
 }
 

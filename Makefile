@@ -8,11 +8,15 @@ LDFLAGS := -s -w -X main.version=$(VERSION)
 STATIC  := CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)'
 FUZZ    ?= 20s
 
+# Where the peers' tests, too, keep what they build; the version is that of test/peers/go.mod.
+SPIRE         := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/deputy-peers
+SPIRE_VERSION := 1.15.3
+
 .DEFAULT_GOAL := help
-.PHONY: help build demo test prerequisites lint race peers fuzz bench proto clean
+.PHONY: help build demo test prerequisites lint race peers fuzz bench bench-peers proto clean
 
 help: ## Print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 build: ## Build the static binaries into bin/
 	$(STATIC) -o $(BIN)/ ./cmd/...
@@ -54,6 +58,11 @@ bench: build ## Measure beside a bare gRPC server: Go benchmarks, then a client'
 	$(GO) test -run '^$$' -bench . -benchmem ./...
 	$(STATIC) -o $(BIN)/ ./test/bench
 	$(BIN)/bench
+
+bench-peers: $(SPIRE)/spire-server-$(SPIRE_VERSION) $(SPIRE)/spire-agent-$(SPIRE_VERSION) bench ## The same, and beside SPIRE's agent (its first build takes some minutes)
+
+$(SPIRE)/spire-%-$(SPIRE_VERSION):
+	cd test/peers && CGO_ENABLED=0 $(GO) build -o $@ github.com/spiffe/spire/cmd/spire-$*
 
 proto: ## Generate the Go code of proto/ (needs protoc: apt-get install protobuf-compiler)
 	cd tools && CGO_ENABLED=0 $(GO) build -o ../$(BIN)/tools/ google.golang.org/protobuf/cmd/protoc-gen-go google.golang.org/grpc/cmd/protoc-gen-go-grpc

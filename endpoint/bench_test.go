@@ -9,6 +9,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/metadata"
 
 	"github.com/deputy-id/deputy/svid/registry"
@@ -102,9 +103,10 @@ func BenchmarkFetchJWTSVID(b *testing.B) {
 	}
 }
 
-// BenchmarkOpenStreams reports what an open stream keeps in memory, client and
-// server together, on connections of a hundred streams.
+// BenchmarkOpenStreams opens streams and reports what each keeps in memory,
+// client and server together.
 func BenchmarkOpenStreams(b *testing.B) {
+	const streams = 400
 	for _, perConn := range []int{1, 100} {
 		b.Run(map[int]string{1: "alone on a connection", 100: "100 on a connection"}[perConn], func(b *testing.B) {
 			w := start(b)
@@ -115,27 +117,45 @@ func BenchmarkOpenStreams(b *testing.B) {
 			}
 			for name, path := range map[string]string{"deputy": w.socket, "bare": startBare(b, r)} {
 				b.Run(name, func(b *testing.B) {
-					before := memory()
-					ctx := metadata.AppendToOutgoingContext(b.Context(), "workload.spiffe.io", "true")
+					var kept uint64
 					n := 0
 					for b.Loop() {
-						api := workload.NewSpiffeWorkloadAPIClient(w.dial(path))
-						for range perConn {
-							st, err := api.FetchX509SVID(ctx, &workload.X509SVIDRequest{})
-							if err != nil {
-								b.Fatal(err)
-							}
-							if _, err := st.Recv(); err != nil {
-								b.Fatal(err)
-							}
-							n++
+						ctx, cancel := context.WithCancel(metadata.AppendToOutgoingContext(b.Context(), "workload.spiffe.io", "true"))
+						before := memory()
+						conns := openStreams(ctx, b, path, streams/perConn, perConn)
+						kept += max(memory(), before) - before
+						n += streams
+						cancel()
+						for _, c := range conns {
+							c.Close()
 						}
 					}
-					b.ReportMetric(float64(memory()-before)/1024/float64(n), "KiB/stream")
+					b.ReportMetric(float64(kept)/1024/float64(n), "KiB/stream")
 				})
 			}
 		})
 	}
+}
+
+func openStreams(ctx context.Context, b *testing.B, path string, conns, each int) []*grpc.ClientConn {
+	var all []*grpc.ClientConn
+	for range conns {
+		conn, err := grpc.NewClient("unix://"+path, grpc.WithTransportCredentials(insecure.NewCredentials()))
+		if err != nil {
+			b.Fatal(err)
+		}
+		all = append(all, conn)
+		for range each {
+			st, err := workload.NewSpiffeWorkloadAPIClient(conn).FetchX509SVID(ctx, &workload.X509SVIDRequest{})
+			if err != nil {
+				b.Fatal(err)
+			}
+			if _, err := st.Recv(); err != nil {
+				b.Fatal(err)
+			}
+		}
+	}
+	return all
 }
 
 func memory() uint64 {

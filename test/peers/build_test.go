@@ -24,13 +24,19 @@ var spireServer = sync.OnceValues(func() (string, error) {
 	return build("spire-server-"+spireVersion, "github.com/spiffe/spire/cmd/spire-server")
 })
 
-// build keeps a binary in the user's cache directory, under a name that holds its version.
-func build(name, pkg string) (string, error) {
+// cached is the path of what is made once for this machine: in the user's cache
+// directory, if there is one.
+func cached(name string) string {
 	cache, err := os.UserCacheDir()
 	if err != nil {
 		cache = os.TempDir()
 	}
-	path := filepath.Join(cache, "deputy-peers", name)
+	return filepath.Join(cache, "deputy-peers", name)
+}
+
+// build keeps a binary in the user's cache directory, under a name that holds its version.
+func build(name, pkg string) (string, error) {
+	path := cached(name)
 	if _, err := os.Stat(path); err == nil {
 		return path, nil
 	}

@@ -16,12 +16,8 @@ import (
 // node makes a directory with Node's gRPC client and the Workload API's
 // contract, once for this machine.
 var node = sync.OnceValues(func() (string, error) {
-	cache, err := os.UserCacheDir()
-	if err != nil {
-		cache = os.TempDir()
-	}
 	packages := []string{"@grpc/grpc-js@1.14.7", "@grpc/proto-loader@0.8.1"}
-	dir := filepath.Join(cache, "deputy-peers", "node-"+strings.NewReplacer("@", "", "/", "-").Replace(strings.Join(packages, "-")))
+	dir := cached("node-" + strings.NewReplacer("@", "", "/", "-").Replace(strings.Join(packages, "-")))
 	if _, err := os.Stat(filepath.Join(dir, "workload.proto")); err == nil {
 		return dir, nil
 	}

@@ -12,12 +12,8 @@ import (
 
 // python makes a virtual environment with the SPIFFE client, once for this machine.
 var python = sync.OnceValues(func() (string, error) {
-	cache, err := os.UserCacheDir()
-	if err != nil {
-		cache = os.TempDir()
-	}
 	const client = "spiffe==0.3.2"
-	venv := filepath.Join(cache, "deputy-peers", "python-"+client)
+	venv := cached("python-" + client)
 	path := filepath.Join(venv, "bin/python")
 	if exec.Command(path, "-c", "import spiffe").Run() == nil {
 		return path, nil

@@ -189,7 +189,9 @@ is left, or end. SVIDs that were handed out live until they expire.`,
 				err = out.value(map[string][]string{"deleted": deleted})
 			} else {
 				for _, id := range deleted {
-					fmt.Fprintln(out.w, id)
+					if _, err = fmt.Fprintln(out.w, id); err != nil {
+						break
+					}
 				}
 			}
 			return errors.Join(append(failed, err)...)

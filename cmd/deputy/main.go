@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 )
 
@@ -34,7 +35,9 @@ func main() {
 		status = execStatus(err)
 	}
 	if !isSilent(err) {
-		fmt.Fprintf(os.Stderr, "deputy: %s\n", message(err))
+		for line := range strings.Lines(message(err)) { // of several errors, a line each
+			fmt.Fprintf(os.Stderr, "deputy: %s\n", strings.TrimSuffix(line, "\n"))
+		}
 	}
 	os.Exit(status)
 }

@@ -201,6 +201,9 @@ func spawn(log string, death syscall.Signal, path string, args ...string) (*proc
 	defer f.Close()
 	p := &process{cmd: exec.Command(path, args...), log: log, done: make(chan struct{})}
 	p.cmd.Stdout, p.cmd.Stderr = f, f
+	// What it leaves behind, as containerd does its stacks when it is slow to
+	// end, goes with the directory.
+	p.cmd.Env = append(os.Environ(), "TMPDIR="+filepath.Dir(log))
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: death}
 	started := make(chan error)
 	go func() {

@@ -46,7 +46,8 @@ func (d *daemon) othersAreServed(t *testing.T) {
 	if err != nil || !strings.Contains(string(out), "/agent/other") {
 		t.Fatalf("another user: %v\n%s", err, out)
 	}
-	if took := time.Since(begin); took > 3*time.Second {
+	// Less than it takes to send one silent client away.
+	if took := time.Since(begin); took > 4*time.Second {
 		t.Errorf("another user waited %s", took)
 	}
 }
@@ -327,7 +328,7 @@ func TestRequestsThatAreWrong(t *testing.T) {
 		"no audience":            {ask: func(ctx context.Context) error { return token(ctx, "") }, want: codes.InvalidArgument},
 		"empty audience":         {ask: func(ctx context.Context) error { return token(ctx, "", "") }, want: codes.InvalidArgument},
 		"audience of half a MiB": {ask: func(ctx context.Context) error { return token(ctx, "", strings.Repeat("a", 1<<19)) }, want: codes.InvalidArgument},
-		"audience of a MiB":      {ask: func(ctx context.Context) error { return token(ctx, "", strings.Repeat("a", 1<<20)) }, want: codes.ResourceExhausted},
+		"audience of a MiB":      {ask: func(ctx context.Context) error { return token(ctx, "", strings.Repeat("a", 1<<20)) }, want: codes.InvalidArgument},
 		"ID that is not held":    {ask: func(ctx context.Context) error { return token(ctx, "spiffe://hard.example/agent/other", "a") }, want: codes.PermissionDenied},
 		"ID that is none":        {ask: func(ctx context.Context) error { return token(ctx, "spiffe://", "a") }, want: codes.InvalidArgument},
 		"token that is none":     {ask: func(ctx context.Context) error { return validate(ctx, "x.y.z") }, want: codes.InvalidArgument},

@@ -141,22 +141,26 @@ func TestDemonstrationWithoutAnEngine(t *testing.T) {
 // Ctrl-C reaches the whole process group of a terminal, at any time.
 func TestDemonstrationInterrupted(t *testing.T) {
 	needRoot(t)
-	for scene, at := range map[string]string{
-		"while the engine starts":  "1. A container engine",
-		"while the daemon starts":  "2. The daemon starts",
-		"while the agents speak":   "4. The planner calls",
-		"while the container runs": "6. The crawler runs",
-		"while it waits":           "7. Meanwhile",
+	t.Parallel()
+	for scene, at := range map[string]struct {
+		line string
+		by   []string
+	}{
+		"while the engine starts":  {"1. A container engine", nil},
+		"while the daemon starts":  {"2. The daemon starts", withoutEngine},
+		"while the agents speak":   {"4. The planner calls", withoutEngine},
+		"while the container runs": {"6. The crawler runs", nil},
+		"while it waits":           {"7. Meanwhile", withoutEngine},
 	} {
 		t.Run(scene, func(t *testing.T) {
 			t.Parallel()
-			s := newShow(t, 0)
+			s := newShow(t, 0, at.by...)
 			if err := s.cmd.Start(); err != nil {
 				t.Fatal(err)
 			}
 			ended := make(chan error, 1)
 			go func() { ended <- s.cmd.Wait() }()
-			eventually(t, s.out.has("\n"+at))
+			eventually(t, s.out.has("\n"+at.line))
 			if err := syscall.Kill(-s.cmd.Process.Pid, syscall.SIGINT); err != nil {
 				t.Fatal(err)
 			}

@@ -9,6 +9,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"net"
 	"os"
@@ -36,6 +37,9 @@ func TestMain(m *testing.M) {
 	if play() {
 		return
 	}
+	// They wait more than they work: for timeouts, and for each other's ends.
+	flag.Parse()
+	flag.Set("test.parallel", "6")
 	code := engine.Main(m)
 	binary.Remove()
 	os.Exit(code)

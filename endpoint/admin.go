@@ -210,8 +210,16 @@ func (a *admin) create(ctx context.Context, in *adminv1.Entry, store func(contex
 	if e, err = store(ctx, e); err != nil {
 		return registry.Entry{}, err
 	}
-	a.s.Log.Info("entry created", "entry", e.ID, "path", e.Path)
+	a.s.noteEntry("entry created", e)
 	return e, nil
+}
+
+// noteEntry logs a change, and warns of an entry that says too little.
+func (s *Server) noteEntry(message string, e registry.Entry) {
+	s.Log.Info(message, "entry", e.ID, "path", e.Path)
+	if why := registry.Weak(e); why != "" {
+		s.Log.Warn("weak entry", "entry", e.ID, "reason", why)
+	}
 }
 
 func (a *admin) read(in *adminv1.Entry) (registry.Entry, error) {
@@ -241,6 +249,6 @@ func (a *admin) UpdateEntry(ctx context.Context, in *adminv1.UpdateEntryRequest)
 	if err != nil {
 		return nil, adminStatus(err)
 	}
-	a.s.Log.Info("entry updated", "entry", e.ID, "path", e.Path)
+	a.s.noteEntry("entry updated", e)
 	return &adminv1.UpdateEntryResponse{Entry: ourEntry(e)}, nil
 }

@@ -308,6 +308,49 @@ func TestListEntriesFilters(t *testing.T) {
 	}
 }
 
+// An entry that anybody who may run the program has is taken, and warned of.
+func TestWeakEntriesAreLogged(t *testing.T) {
+	w := start(t)
+	conn := w.dial(w.admin)
+	api, ours := entryv1.NewEntryClient(conn), adminv1.NewAdminClient(conn)
+	for _, c := range []struct {
+		name      string
+		selectors string
+		do        func(*types.Entry) error
+		warned    bool
+	}{
+		{"created through SPIRE's API", "unix:path:/usr/bin/python3", func(e *types.Entry) error {
+			_, err := api.BatchCreateEntry(call(t), &entryv1.BatchCreateEntryRequest{Entries: []*types.Entry{e}})
+			return err
+		}, true},
+		{"updated through SPIRE's API", "unix:path:/usr/bin/node", func(e *types.Entry) error {
+			_, err := api.BatchUpdateEntry(call(t), &entryv1.BatchUpdateEntryRequest{Entries: []*types.Entry{e}})
+			return err
+		}, true},
+		{"updated through ours", "unix:path:/usr/bin/perl", func(e *types.Entry) error {
+			_, err := ours.UpdateEntry(call(t), &adminv1.UpdateEntryRequest{Entry: &adminv1.Entry{Entry: e}})
+			return err
+		}, true},
+		{"not weak", "unix:uid:1", func(e *types.Entry) error {
+			_, err := ours.UpdateEntry(call(t), &adminv1.UpdateEntryRequest{Entry: &adminv1.Entry{Entry: e}})
+			return err
+		}, false},
+	} {
+		before := strings.Count(w.log.String(), "weak entry: entry=w reason=")
+		e := spire(func(*types.Entry) {})
+		e.Id, e.Selectors = "w", selectors(c.selectors)
+		if err := c.do(e); err != nil {
+			t.Fatalf("%s: %v", c.name, err)
+		}
+		if got := strings.Count(w.log.String(), "weak entry: entry=w reason=") - before; (got == 1) != c.warned {
+			t.Errorf("%s: got %d warnings, want one %v", c.name, got, c.warned)
+		}
+		if strings.Contains(w.log.String(), "/usr/bin") {
+			t.Errorf("%s: the log has a selector", c.name)
+		}
+	}
+}
+
 // What an administrator brings at once may be far more than a workload asks.
 func TestBatchOfManyEntries(t *testing.T) {
 	w := start(t)

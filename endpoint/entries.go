@@ -92,7 +92,7 @@ func (a *entries) create(ctx context.Context, in *types.Entry) (registry.Entry, 
 	e.ID = in.Id
 	e, err := a.s.Registry.Create(ctx, e)
 	if err == nil {
-		a.s.Log.Info("entry created", "entry", e.ID, "path", e.Path)
+		a.s.noteEntry("entry created", e)
 	}
 	return e, err
 }
@@ -124,7 +124,7 @@ func (a *entries) BatchUpdateEntry(ctx context.Context, in *entryv1.BatchUpdateE
 		})
 		if err == nil {
 			r.Entry = maskEntry(spireEntry(e), in.OutputMask)
-			a.s.Log.Info("entry updated", "entry", e.ID, "path", e.Path)
+			a.s.noteEntry("entry updated", e)
 		}
 		r.Status = itemStatus(err)
 		out.Results = append(out.Results, r)

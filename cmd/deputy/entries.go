@@ -4,6 +4,7 @@ import (
 	"errors"
 	"os"
 	"slices"
+	"strings"
 
 	"github.com/deputy-id/deputy/attestor"
 	"github.com/deputy-id/deputy/conf"
@@ -70,12 +71,16 @@ func (s *settings) check(problems conf.Problems) conf.Problems {
 		if !selectorsFine {
 			continue
 		}
-		if why := registry.Weak(checked); why != "" {
-			s.warnings.Add(e.Range, "weak entry: %s", why)
+		weak := registry.Weak(checked)
+		if weak != "" {
+			s.warnings.Add(e.Range, "weak entry: %s", weak)
 		}
 		for _, sel := range e.Selectors {
 			if why := s.absent(sel.Value); why != "" {
 				s.warnings.Add(sel.Range, "%s", why)
+			}
+			if weak == "" && strings.HasPrefix(sel.Value, "docker:image_id:") {
+				s.warnings.Add(sel.Range, "docker:image_id is a name, which can move to another image; image:digest stays with its content")
 			}
 		}
 		s.entries = append(s.entries, checked)

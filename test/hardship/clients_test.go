@@ -10,7 +10,6 @@ import (
 	"net"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
@@ -182,17 +181,7 @@ func hold(args []string) error {
 // crowd starts that role as a user of its own, and returns what it will say.
 func (d *daemon) crowd(t *testing.T, n int) (lines func() string) {
 	t.Helper()
-	// The test binary may stand where that user cannot go.
-	path := filepath.Join(d.dir, "crowd")
-	self, err := os.ReadFile("/proc/self/exe")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(path, self, 0o755); err != nil {
-		t.Fatal(err)
-	}
 	cmd := user(as("hold", d.workload, strconv.Itoa(n)), crowdUID)
-	cmd.Path = path
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)

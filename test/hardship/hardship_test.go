@@ -213,12 +213,6 @@ func (d *daemon) stop(t *testing.T) {
 	}
 }
 
-// kill ends the daemon without notice.
-func (d *daemon) kill() {
-	d.cmd.Process.Kill()
-	<-d.done
-}
-
 // alive wants the daemon to be the one that was started.
 func (d *daemon) alive(t *testing.T) {
 	t.Helper()

@@ -13,7 +13,7 @@ func entry(path string) string {
 	return fmt.Sprintf("entry %q {\n  selectors = [\"unix:uid:%d\"]\n}\n", path, os.Getuid())
 }
 
-// has wants the identities that this process holds to become these.
+// holds wants the identities that this process holds to become these.
 func (d *daemon) holds(t *testing.T, paths ...string) {
 	t.Helper()
 	eventually(t, func() error {

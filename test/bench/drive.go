@@ -20,6 +20,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
@@ -346,7 +347,7 @@ func signature() (time.Duration, error) {
 	}
 	uri := &url.URL{Scheme: "spiffe", Host: "bench.example", Path: "/agent/bench"}
 	const n = 500
-	start := time.Now()
+	start, spent := time.Now(), ownCPU()
 	for i := range n {
 		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 		if err != nil {
@@ -357,7 +358,14 @@ func signature() (time.Duration, error) {
 			return 0, err
 		}
 	}
-	return time.Since(start) / n, nil
+	return (ownCPU() - spent) / n, nil
+}
+
+// ownCPU is the processor time that this process has used.
+func ownCPU() time.Duration {
+	var r syscall.Rusage
+	syscall.Getrusage(syscall.RUSAGE_SELF, &r)
+	return time.Duration(r.Utime.Nano() + r.Stime.Nano())
 }
 
 // rotation has processes hold streams of short SVIDs through several

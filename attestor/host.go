@@ -113,7 +113,9 @@ func (h *Host) names(path string, file peer.FileID) (bool, error) {
 	fd, err := h.open(path, unix.O_PATH|unix.O_NOFOLLOW, unix.RESOLVE_NO_SYMLINKS)
 	switch {
 	case errors.Is(err, unix.EAGAIN), errors.Is(err, unix.EMFILE),
-		errors.Is(err, unix.ENFILE), errors.Is(err, unix.ENOMEM), errors.Is(err, unix.EIO), errors.Is(err, unix.EINTR):
+		errors.Is(err, unix.ENFILE), errors.Is(err, unix.ENOMEM), errors.Is(err, unix.EIO), errors.Is(err, unix.EINTR),
+		errors.Is(err, unix.ESTALE), errors.Is(err, unix.ETIMEDOUT), errors.Is(err, unix.ENOTCONN):
+		// Of these, the last three come from a file system that is not there for now.
 		return false, fmt.Errorf("open executable in the root of the host: %w", err)
 	case err != nil:
 		return false, nil // there is no such path on the host, or none that we may walk

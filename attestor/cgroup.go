@@ -16,6 +16,11 @@ type Cgroup struct {
 // NewCgroup returns the attestor.
 func NewCgroup(c *Cgroups) *Cgroup { return &Cgroup{cgroups: c} }
 
+// Source is the attestor with the prefixes of what it gives.
+func (a *Cgroup) Source() Source {
+	return Source{Name: "cgroup", Prefixes: []string{"cgroup:"}, Attestor: a}
+}
+
 // Attest implements Attestor.
 func (a *Cgroup) Attest(_ context.Context, p *peer.Process) ([]Selector, error) {
 	place, err := a.cgroups.Place(p)

@@ -52,6 +52,11 @@ func (e *Exec) Register(p *peer.Process, name string) error {
 	return nil
 }
 
+// Source is the attestor with the prefixes of what it gives.
+func (e *Exec) Source() Source {
+	return Source{Name: "exec", Prefixes: []string{"process:exec:", leaderPrefix}, Attestor: e}
+}
+
 // Attest implements Attestor.
 func (e *Exec) Attest(_ context.Context, p *peer.Process) ([]Selector, error) {
 	e.mu.Lock()

@@ -26,6 +26,16 @@ func NewProcess(table *peer.Table, host *Host, executables *Executables, demand 
 	return &Process{table: table, host: host, executables: executables, demand: orAll(demand)}
 }
 
+// Source is the attestor with the prefixes of what it gives: of process:exec and
+// process:leader others tell.
+func (a *Process) Source() Source {
+	return Source{
+		Name:     "process",
+		Prefixes: []string{"process:host:", "process:parent_path:", "process:parent_sha256:", "process:ancestor_path:"},
+		Attestor: a,
+	}
+}
+
 // Attest implements Attestor.
 func (a *Process) Attest(ctx context.Context, p *peer.Process) ([]Selector, error) {
 	var out []Selector

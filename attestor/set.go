@@ -86,6 +86,17 @@ func (s *Set) Refresh(ctx context.Context, p *peer.Process) (*Evidence, error) {
 	return s.join(ctx, p, s.record(p))
 }
 
+// Close lets go of all that is kept, for a set that others have replaced. No
+// Attest may follow; a gathering that is under way keeps nothing.
+func (s *Set) Close() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, r := range s.processes {
+		r.drop()
+	}
+	clear(s.processes)
+}
+
 // A record is what the set has of one process.
 type record struct {
 	kept atomic.Pointer[kept]

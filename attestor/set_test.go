@@ -247,6 +247,26 @@ func TestEvidenceEndsWithWhatItRestsOn(t *testing.T) {
 	}
 }
 
+func TestClosedSetLetsGoOfWhatEvidenceRestsOn(t *testing.T) {
+	b := newBench(t)
+	p := b.open(os.Getpid())
+	r := &resting{done: make(chan struct{})}
+	var source saying
+	source.do = func(ctx context.Context, _ *peer.Process) ([]Selector, error) {
+		RestOn(ctx, r)
+		return []Selector{uid7}, nil
+	}
+	s := newTestSet(from(&source, "unix:"))
+	mustAttest(t, s, p)
+	if r.closed.Load() {
+		t.Fatal("closed while the evidence is kept")
+	}
+	s.Close()
+	if !r.closed.Load() {
+		t.Error("the basis is held by a set that is closed")
+	}
+}
+
 func TestBasisOutsideOfASetIsClosedAtOnce(t *testing.T) {
 	r := &resting{done: make(chan struct{})}
 	RestOn(t.Context(), r)

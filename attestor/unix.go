@@ -39,6 +39,11 @@ func orAll(demand func() Demand) func() Demand {
 	return func() Demand { return Demand{ExecutableDigest: true, ParentDigest: true} }
 }
 
+// Source is the attestor with the prefixes of what it gives.
+func (u *Unix) Source() Source {
+	return Source{Name: "unix", Prefixes: []string{"unix:"}, Attestor: u}
+}
+
 // Attest implements Attestor.
 func (u *Unix) Attest(ctx context.Context, p *peer.Process) ([]Selector, error) {
 	var out []Selector

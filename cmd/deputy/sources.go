@@ -2,10 +2,8 @@ package main
 
 import (
 	"errors"
-	"io/fs"
 	"os"
 	"strings"
-	"syscall"
 
 	"github.com/hashicorp/go-hclog"
 
@@ -13,6 +11,7 @@ import (
 	"github.com/deputy-id/deputy/attestor/container"
 	"github.com/deputy-id/deputy/attestor/peer"
 	"github.com/deputy-id/deputy/conf"
+	"github.com/deputy-id/deputy/internal/owned"
 )
 
 // sources are the attestors that are on.
@@ -35,23 +34,20 @@ func newSources(c *conf.Config, table *peer.Table, demand func() attestor.Demand
 		return nil, err
 	}
 	s := &sources{names: attestor.NewExec()}
-	s.add("unix", attestor.NewUnix(host, executables, demand), "unix:")
-	s.add("process", attestor.NewProcess(table, host, executables, demand),
-		"process:host:", "process:parent_path:", "process:parent_sha256:", "process:ancestor_path:")
-	s.add("cgroup", attestor.NewCgroup(cgroups), "cgroup:")
-	s.add("exec", s.names, "process:exec:", "process:leader:")
+	s.list = []attestor.Source{
+		attestor.NewUnix(host, executables, demand).Source(),
+		attestor.NewProcess(table, host, executables, demand).Source(),
+		attestor.NewCgroup(cgroups).Source(),
+		s.names.Source(),
+	}
 	s.systemd(c, cgroups, log)
 	return s, s.docker(c, table, log)
-}
-
-func (s *sources) add(name string, a attestor.Attestor, prefixes ...string) {
-	s.list = append(s.list, attestor.Source{Name: name, Prefixes: prefixes, Attestor: a})
 }
 
 // systemd gives its own selectors where they are asked for; beside cgroup:unit
 // the main process of a unit is wanted without that.
 func (s *sources) systemd(c *conf.Config, cgroups *attestor.Cgroups, log hclog.Logger) {
-	there := rootOwns(attestor.DefaultBus)
+	there := owned.RootSocket(attestor.DefaultBus)
 	a := attestor.NewSystemd(attestor.DefaultBus, cgroups)
 	switch {
 	case c.Systemd != nil:
@@ -77,7 +73,7 @@ func (s *sources) docker(c *conf.Config, table *peer.Table, log hclog.Logger) er
 		if _, err := os.Stat(o.Socket); err != nil {
 			log.Warn("docker is configured but not there: its selectors are unknown until it is", "socket", o.Socket, "error", err)
 		}
-	case c.File == "" && rootOwns(container.DefaultSocket):
+	case c.File == "" && owned.RootSocket(container.DefaultSocket):
 		o.Socket = container.DefaultSocket
 	default:
 		return nil
@@ -89,13 +85,6 @@ func (s *sources) docker(c *conf.Config, table *peer.Table, log hclog.Logger) er
 	s.list = append(s.list, d.Source())
 	s.closes = append(s.closes, d.Close)
 	return nil
-}
-
-// rootOwns reports whether there is a socket at the path and it is root's. What
-// another user listens on would be a runtime that says what that user likes.
-func rootOwns(path string) bool {
-	info, err := os.Stat(path)
-	return err == nil && info.Mode()&fs.ModeSocket != 0 && info.Sys().(*syscall.Stat_t).Uid == 0
 }
 
 // String lists the attestors by name.

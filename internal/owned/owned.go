@@ -42,6 +42,14 @@ func File(path string) error {
 	return mine(path, info)
 }
 
+// RootSocket reports whether there is a socket at the path and it is root's.
+// What another user listens on would be a runtime that says what that user
+// likes.
+func RootSocket(path string) bool {
+	info, err := os.Stat(path)
+	return err == nil && info.Mode()&fs.ModeSocket != 0 && info.Sys().(*syscall.Stat_t).Uid == 0
+}
+
 // Way returns why another user could put something else in the place of path:
 // a directory or a link on the way there is that user's, or may be written by
 // everybody who likes and is not sticky. (A directory of our own that our group

@@ -1,6 +1,7 @@
 package owned
 
 import (
+	"net"
 	"os"
 	"path/filepath"
 	"testing"
@@ -97,5 +98,28 @@ func TestDir(t *testing.T) {
 				t.Errorf("got %v, want an error: %t", err, !c.ours)
 			}
 		})
+	}
+}
+
+func TestRootSocket(t *testing.T) {
+	_, dir := tree(t)
+	path := filepath.Join(dir, "s")
+	if RootSocket(path) {
+		t.Error("got a socket where nothing is")
+	}
+	l, err := net.Listen("unix", path)
+	must(t, err)
+	t.Cleanup(func() { l.Close() })
+	if !RootSocket(path) {
+		t.Error("got no socket of root's, want one")
+	}
+	must(t, os.Chown(path, stranger, -1))
+	if RootSocket(path) {
+		t.Error("got a stranger's socket for root's")
+	}
+	file := filepath.Join(dir, "file")
+	must(t, os.WriteFile(file, nil, 0o600))
+	if RootSocket(file) {
+		t.Error("got a file for a socket")
 	}
 }

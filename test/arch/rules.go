@@ -32,6 +32,7 @@ var may = map[string][]string{
 	"svid":               {"svid/registry"},
 	"svid/local":         {"svid", "svid/registry"},
 	"endpoint":           {"attestor", "attestor/peer", "attestor/container", "svid/registry", "svid", "svid/local", "proto/deputy/admin/v1"},
+	"plugins/attest":     {"attestor", "attestor/peer", "attestor/container"},
 	"conf":               {},
 
 	"internal/durable":      {},
@@ -55,8 +56,10 @@ var keepers = map[string][]string{
 	"github.com/spf13/cobra":      {"cmd/deputy"},
 	"github.com/fsnotify":         {"cmd/deputy"},
 	"modernc.org/sqlite":          {"svid/registry"},
-	"google.golang.org/grpc":      {"endpoint", "proto/", "cmd/deputy"},
+	"google.golang.org/grpc":      {"endpoint", "plugins/", "proto/", "cmd/deputy"},
 	"github.com/spiffe/spire-api": {"endpoint", "proto/", "cmd/deputy"},
+
+	"github.com/spiffe/spire-plugin-sdk": {"plugins/", "cmd/deputy-attest", "cmd/deputy-claims"},
 }
 
 // nameless are package names that say nothing of what is in them.

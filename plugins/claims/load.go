@@ -1,0 +1,176 @@
+package claims
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"syscall"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+const (
+	// maxFile is enough for a hundred thousand long rules.
+	maxFile = 64 << 20 // bytes
+	// readTime bounds the reading of a file, which on a network may hang.
+	readTime = 10 * time.Second
+)
+
+// An origin is what rules were made of, to make them again.
+type origin struct {
+	source Source
+	path   string // of the rules file; empty: none
+	stamp  stamp
+}
+
+// Load reads rules and the rules file that they name. A zero trust domain is
+// one that is not known: then a full ID in a pattern may name any, and the
+// others must name the same.
+//
+// The error is a Problems if it is the content that is wrong.
+func Load(ctx context.Context, src Source, td spiffeid.TrustDomain) (*Rules, error) {
+	d := &decoder{trustDomain: td, known: !td.IsZero()}
+	s := d.decode(&text{src}, false)
+	o := origin{source: src, path: s.rulesFile.value}
+	if o.path != "" {
+		content, stamp, err := readFile(ctx, o.path)
+		if err != nil {
+			d.add(s.rulesFile.text, s.rulesFile.at, "%s", err)
+			return nil, d.err()
+		}
+		o.stamp = stamp
+		more := d.decode(&text{Source{Name: o.path, Text: content}}, true)
+		for _, k := range []struct {
+			name       string
+			here, file *setting
+		}{
+			{"claim_name", &s.claimName, &more.claimName},
+			{"unmapped", &s.unmapped, &more.unmapped},
+			{"on_error", &s.onError, &more.onError},
+		} {
+			switch {
+			case k.file.text == nil:
+			case k.here.text == nil:
+				*k.here = *k.file
+			default:
+				d.add(k.file.text, k.file.at, "%s is set in %s already", k.name, k.here.text.Name)
+			}
+		}
+		s.rules = append(s.rules, more.rules...)
+	}
+	r := &Rules{
+		name:        defaultName,
+		denyUnknown: s.unmapped.value == "deny",
+		omitOnError: s.onError.value == "omit",
+		trustDomain: d.trustDomain,
+		rules:       s.rules,
+		origin:      o,
+	}
+	if s.claimName.value != "" {
+		r.name = s.claimName.value
+	}
+	d.join(r)
+	if err := d.err(); err != nil {
+		return nil, err
+	}
+	return r, nil
+}
+
+// LoadFile is Load of a whole file.
+func LoadFile(ctx context.Context, path string, td spiffeid.TrustDomain) (*Rules, error) {
+	content, _, err := readFile(ctx, path)
+	if err != nil {
+		return nil, err
+	}
+	return Load(ctx, Source{Name: path, Text: content}, td)
+}
+
+// join makes the index, and refuses rules of which nobody could say which
+// counts.
+func (d *decoder) join(r *Rules) {
+	r.index = newIndex(len(r.rules))
+	for i := range r.rules {
+		if same, ok := r.index.add(&r.rules[i].pattern, i); !ok {
+			d.add(r.rules[i].text, r.rules[i].at, "the rule at %s has the same IDs", r.rules[same].where())
+		}
+	}
+	clashes(r.rules, func(a, b int) {
+		d.add(r.rules[b].text, r.rules[b].at, "some IDs are in this rule and in the one at %s, and neither has all of the other's: nobody could say which counts", r.rules[a].where())
+	})
+}
+
+// A stamp tells two states of a file apart.
+type stamp struct {
+	dev, ino    uint64
+	size        int64
+	mtim, ctime syscall.Timespec
+}
+
+func stampOf(info fs.FileInfo) stamp {
+	s, ok := info.Sys().(*syscall.Stat_t)
+	if !ok {
+		return stamp{size: info.Size()}
+	}
+	return stamp{uint64(s.Dev), s.Ino, s.Size, s.Mtim, s.Ctim} //nolint:unconvert // Dev is 32 bits elsewhere
+}
+
+// readFile reads a file that does not change meanwhile, within a time: one that
+// hangs costs a goroutine and not the caller.
+func readFile(ctx context.Context, path string) (content string, _ stamp, err error) {
+	type answer struct {
+		content string
+		stamp   stamp
+		err     error
+	}
+	done := make(chan answer, 1)
+	go func() {
+		var a answer
+		a.content, a.stamp, a.err = readNow(path)
+		done <- a
+	}()
+	ctx, cancel := context.WithTimeout(ctx, readTime)
+	defer cancel()
+	select {
+	case a := <-done:
+		return a.content, a.stamp, a.err
+	case <-ctx.Done():
+		return "", stamp{}, fmt.Errorf("read %s: %w", path, context.Cause(ctx))
+	}
+}
+
+func readNow(path string) (content string, s stamp, err error) {
+	// Without O_NONBLOCK the opening of a FIFO waits for its writer.
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK|syscall.O_CLOEXEC, 0)
+	if err != nil {
+		return "", s, err
+	}
+	defer f.Close()
+	before, err := f.Stat()
+	switch {
+	case err != nil:
+		return "", s, err
+	case !before.Mode().IsRegular():
+		return "", s, fmt.Errorf("read %s: not a regular file", path)
+	case before.Size() > maxFile:
+		return "", s, fmt.Errorf("read %s: larger than %d MiB", path, maxFile>>20)
+	}
+	b, err := io.ReadAll(io.LimitReader(f, maxFile+1))
+	if err != nil {
+		return "", s, err
+	}
+	after, err := f.Stat()
+	if err != nil {
+		return "", s, err
+	}
+	if s = stampOf(after); s != stampOf(before) || int64(len(b)) != s.size {
+		return "", s, errBeingWritten{path}
+	}
+	return string(b), s, nil
+}
+
+type errBeingWritten struct{ path string }
+
+func (e errBeingWritten) Error() string { return "read " + e.path + ": it is being written" }

@@ -12,6 +12,20 @@ func Open() (*Engine, error) { return start() }
 // Close ends the engine with its containers and files.
 func (e *Engine) Close() error { return e.stop() }
 
+// OpenRegistry is Registry for a program that is not a test.
+func (e *Engine) OpenRegistry() (*Registry, error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.registry == nil {
+		r, err := startRegistry(e.dir)
+		if err != nil {
+			return nil, err
+		}
+		e.registry = r
+	}
+	return e.registry, nil
+}
+
 // Command returns a command of Docker's command line against the engine.
 func (e *Engine) Command(args ...string) *exec.Cmd {
 	cmd := exec.Command(e.docker, append([]string{"--host", "unix://" + e.Socket(), "--config", e.dir}, args...)...)

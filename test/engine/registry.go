@@ -23,16 +23,11 @@ type Registry struct {
 // Registry returns the registry beside the engine and starts it at the first call.
 func (e *Engine) Registry(tb testing.TB) *Registry {
 	tb.Helper()
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	if e.registry == nil {
-		r, err := startRegistry(e.dir)
-		if err != nil {
-			tb.Fatalf("start registry: %v", err)
-		}
-		e.registry = r
+	r, err := e.OpenRegistry()
+	if err != nil {
+		tb.Fatalf("start registry: %v", err)
 	}
-	return e.registry
+	return r
 }
 
 // Address is the registry's host and port, with which image names begin.

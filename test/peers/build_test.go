@@ -57,6 +57,7 @@ var deputy = sync.OnceValues(func() (string, error) {
 	if err != nil {
 		return "", err
 	}
+	scratch = append(scratch, dir)
 	path := filepath.Join(dir, "deputy")
 	cmd := exec.Command("go", "build", "-o", path, "./cmd/deputy")
 	cmd.Dir = "../.."
@@ -67,10 +68,30 @@ var deputy = sync.OnceValues(func() (string, error) {
 	return path, nil
 })
 
+// plugins builds those of SPIRE's plugins that are ours, and what the tests of
+// them run, and returns their directory.
+var plugins = sync.OnceValues(func() (string, error) {
+	dir, err := os.MkdirTemp("", "deputy-peers-")
+	if err != nil {
+		return "", err
+	}
+	scratch = append(scratch, dir)
+	cmd := exec.Command("go", "build", "-o", dir+"/", "./cmd/deputy-attest", "./test/agent", "./test/container")
+	cmd.Dir = "../.."
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("build the plugins: %w\n%s", err, out)
+	}
+	return dir, nil
+})
+
+// scratch are directories of binaries to remove in the end.
+var scratch []string
+
 func TestMain(m *testing.M) {
 	code := m.Run()
-	if path, err := deputy(); err == nil {
-		os.RemoveAll(filepath.Dir(path))
+	for _, dir := range scratch {
+		os.RemoveAll(dir)
 	}
 	os.Exit(code)
 }

@@ -53,6 +53,11 @@ type decoder struct {
 	trustDomain spiffeid.TrustDomain
 	known       bool // the trust domain is given; else the first full ID gives it
 	*text
+
+	current             *rule // what the readers read into
+	chainAt, maxDepthAt pos   // of the current rule
+	ruleKeys, rateKeys  keys
+	ruleBlocks          blocks
 }
 
 type (
@@ -194,37 +199,48 @@ func (d *decoder) rule(b *block) (r rule) {
 	}
 	r.pattern = pattern
 	d.ours(b.labels[0].at, td)
-	var chainAt, maxDepthAt pos
-	d.body(&b.body, "a rule", keys{
-		"subject":    func(v value) { r.subject = d.template(v, &r, nil) },
-		"issuer":     func(v value) { r.issuer = d.template(v, &r, checkIssuer) },
-		"owner":      func(v value) { r.owner = d.template(v, &r, nil) },
-		"agent_type": func(v value) { r.agentType = d.template(v, &r, nil) },
-		"purpose":    func(v value) { r.purpose = d.template(v, &r, nil) },
-		"scopes":     func(v value) { r.scopes = d.templates(v, &r, checkScope) },
-		"chain":      func(v value) { chainAt, r.chain = v.at, d.templates(v, &r, checkActor) },
-		"may_act":    func(v value) { r.mayAct = d.templates(v, &r, checkActor) },
-		"max_depth":  func(v value) { maxDepthAt, r.maxDepth = v.at, d.number(v, "max_depth", delegation.MaxDepth) },
-		"expires":    func(v value) { r.expires = d.time(v) },
-	}, blocks{
-		"constraints": func(b *block) { d.constraints(b, &r) },
-		"x509":        func(b *block) { d.x509(b, &r) },
-	})
+	if d.ruleKeys == nil {
+		d.readers()
+	}
+	d.current, d.chainAt, d.maxDepthAt = &r, pos{}, pos{}
+	d.body(&b.body, "a rule", d.ruleKeys, d.ruleBlocks)
 	if !r.issuer.empty() && r.subject.empty() {
 		d.problem(b.at, "the rule has an issuer, but no subject that it vouches for")
 	}
 	switch depth := 1 + len(r.chain); {
 	case depth > delegation.MaxDepth:
-		d.problem(chainAt, "the chain has %d agents with this one, more than %d", depth, delegation.MaxDepth)
+		d.problem(d.chainAt, "the chain has %d agents with this one, more than %d", depth, delegation.MaxDepth)
 	case r.maxDepth > 0 && depth > r.maxDepth:
-		d.problem(maxDepthAt, "max_depth is %d, but the chain has %d agents with this one", r.maxDepth, depth)
+		d.problem(d.maxDepthAt, "max_depth is %d, but the chain has %d agents with this one", r.maxDepth, depth)
 	}
 	for _, actor := range r.chain {
 		if path := strings.TrimPrefix(actor.text, "spiffe://"+td); path == b.labels[0].text || path == strings.TrimPrefix(b.labels[0].text, "spiffe://"+td) {
-			d.problem(chainAt, "the chain names the agent itself")
+			d.problem(d.chainAt, "the chain names the agent itself")
 		}
 	}
 	return r
+}
+
+// readers makes the readers of a rule, which are the same for every rule.
+func (d *decoder) readers() {
+	r := func() *rule { return d.current }
+	d.ruleKeys = keys{
+		"subject":    func(v value) { r().subject = d.template(v, r(), nil) },
+		"issuer":     func(v value) { r().issuer = d.template(v, r(), checkIssuer) },
+		"owner":      func(v value) { r().owner = d.template(v, r(), nil) },
+		"agent_type": func(v value) { r().agentType = d.template(v, r(), nil) },
+		"purpose":    func(v value) { r().purpose = d.template(v, r(), nil) },
+		"scopes":     func(v value) { r().scopes = d.templates(v, r(), checkScope) },
+		"chain":      func(v value) { d.chainAt, r().chain = v.at, d.templates(v, r(), checkActor) },
+		"may_act":    func(v value) { r().mayAct = d.templates(v, r(), checkActor) },
+		"max_depth":  func(v value) { d.maxDepthAt, r().maxDepth = v.at, d.number(v, "max_depth", delegation.MaxDepth) },
+		"expires":    func(v value) { r().expires = d.time(v) },
+	}
+	d.ruleBlocks = blocks{
+		"constraints": func(b *block) { d.constraints(b, r()) },
+		"x509":        func(b *block) { d.x509(b, r()) },
+	}
+	d.rateKeys = keys{"rate": func(v value) { d.rate(v, r()) }}
 }
 
 // ours refuses a pattern of another trust domain; td is empty for a path.
@@ -344,31 +360,34 @@ func (d *decoder) constraints(b *block, r *rule) {
 	if r.rate != nil {
 		d.problem(b.at, "constraints is there already")
 	}
-	d.body(&b.body, "constraints", keys{"rate": func(v value) {
-		s, ok := d.string(v)
-		if !ok {
-			return
-		}
-		rate, err := parseRate(s)
-		if err != nil {
-			d.problem(v.at, "rate %.100q %s", s, err)
-			return
-		}
-		r.rate = &rate
-	}}, nil)
+	d.body(&b.body, "constraints", d.rateKeys, nil)
 }
+
+func (d *decoder) rate(v value, r *rule) {
+	s, ok := d.string(v)
+	if !ok {
+		return
+	}
+	rate, err := parseRate(s)
+	if err != nil {
+		d.problem(v.at, "rate %.100q %s", s, err)
+		return
+	}
+	r.rate = &rate
+}
+
+var errRate = fmt.Errorf(`is not uses in a time, such as "120/60s", of at most %d whole seconds and as many uses`, delegation.MaxNumber)
 
 // parseRate reads "120/60s".
 func parseRate(s string) (rate delegation.Rate, err error) {
-	bad := fmt.Errorf(`is not uses in a time, such as "120/60s", of at most %d whole seconds and as many uses`, delegation.MaxNumber)
 	limit, window, ok := strings.Cut(s, "/")
 	n, err := strconv.ParseUint(limit, 10, 32)
 	if !ok || err != nil || n < 1 || n > delegation.MaxNumber {
-		return rate, bad
+		return rate, errRate
 	}
 	length, err := time.ParseDuration(window)
 	if err != nil || length < time.Second || length%time.Second != 0 || length > delegation.MaxNumber*time.Second {
-		return rate, bad
+		return rate, errRate
 	}
 	return delegation.Rate{Limit: int(n), Window: int(length / time.Second)}, nil
 }

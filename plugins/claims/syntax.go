@@ -211,6 +211,9 @@ func (p *parser) body(inBlock bool) (b body, ok bool) {
 			}
 			var v value
 			if v, ok = p.value(name); ok {
+				if b.attributes == nil && !single {
+					b.attributes = make([]attribute, 0, 8)
+				}
 				b.attributes = append(b.attributes, attribute{name, at, v})
 				ok = p.ends(single)
 			}

@@ -19,9 +19,10 @@ type certificate struct {
 // Certificate is what the X.509-SVID of an ID carries beside what is in it by
 // default. What is empty stays as it is.
 type Certificate struct {
-	DNSNames                         []string
-	Organization, OrganizationalUnit []string
-	CommonName                       string
+	DNSNames           []string `json:"dns_names,omitempty"`
+	Organization       []string `json:"organization,omitempty"`
+	OrganizationalUnit []string `json:"organizational_unit,omitempty"`
+	CommonName         string   `json:"common_name,omitempty"`
 }
 
 // maxCommonName is ub-common-name of RFC 5280; the other attributes have 64 as

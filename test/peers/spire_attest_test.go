@@ -183,7 +183,9 @@ func TestStockAgentRefusesBrokenPluginData(t *testing.T) {
 func TestStockAgentRefusesAnotherBinary(t *testing.T) {
 	s := newSPIRE(t, changes{
 		server: without(`CredentialComposer "deputy"`),
-		agent:  func(text string) string { return strings.ReplaceAll(text, strings.Repeat("0", 64), strings.Repeat("1", 64)) },
+		agent: func(text string) string {
+			return strings.ReplaceAll(text, strings.Repeat("0", 64), strings.Repeat("1", 64))
+		},
 	})
 	contains(t, fail(t, s.agentBin, "run", "-config", s.path("agent.conf"), "-joinToken", "none"), "checksums did not match")
 }

@@ -45,6 +45,7 @@ type Config struct {
 	Authority      Local
 	Docker         *Docker  // nil: the file does not list it
 	Systemd        *Systemd // likewise
+	Claims         *Claims  // nil: tokens carry none beside the standard's
 	Entries        []Entry  // in the order of the file
 }
 
@@ -111,6 +112,14 @@ type Docker struct {
 // Systemd is the attestor that asks systemd.
 type Systemd struct {
 	Range hcl.Range
+}
+
+// Claims is the text of the claims block, which plugins/claims reads: the one
+// grammar for the plugin and for us.
+type Claims struct {
+	Range hcl.Range // of the block's header
+	Text  string    // between the braces
+	Start hcl.Pos   // of the text
 }
 
 // An Entry is one entry block. Only its form is checked here.

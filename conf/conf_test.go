@@ -92,6 +92,7 @@ attestor "docker" {
   env    = ["ROLE"]
 }
 attestor "systemd" {}
+claims { unmapped = "omit" } # read elsewhere
 
 entry "spiffe://example.org/agent/{{unix.user}}" {
   selectors      = ["unix:uid:1000", "docker:label:a:$${b}"]
@@ -141,11 +142,14 @@ entry "spiffe://example.org/agent/{{unix.user}}" {
 	if len(warnings) != 2 {
 		t.Errorf("got warnings %v, want one of the group and one of the keys", warnings)
 	}
-	if got := e.Selectors[1].Range.Start; got.Line != 29 || got.Column != 38 {
-		t.Errorf("second selector: got %d:%d, want 29:38", got.Line, got.Column)
+	if got := c.Claims; got == nil || got.Text != ` unmapped = "omit" ` || got.Start.Line != 27 || got.Start.Column != 9 {
+		t.Errorf("got claims %+v, want the text between the braces with its place", got)
 	}
-	if got := e.At("hint").Start.Line; got != 33 {
-		t.Errorf("hint: got line %d, want 33", got)
+	if got := e.Selectors[1].Range.Start; got.Line != 30 || got.Column != 38 {
+		t.Errorf("second selector: got %d:%d, want 30:38", got.Line, got.Column)
+	}
+	if got := e.At("hint").Start.Line; got != 34 {
+		t.Errorf("hint: got line %d, want 34", got)
 	}
 	if got := e.At("nothing"); got != e.Range {
 		t.Errorf("a key that is not there: got %v, want the header", got)

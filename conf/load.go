@@ -54,8 +54,8 @@ func decode(src []byte, file string, base *Config) (*Config, Problems, Problems)
 		return nil, nil, found
 	}
 	c := *base
-	c.File, c.Docker, c.Systemd, c.Entries = file, nil, nil, nil
-	l := &loader{c: &c, first: make(map[string]hcl.Range)}
+	c.File, c.Docker, c.Systemd, c.Claims, c.Entries = file, nil, nil, nil, nil
+	l := &loader{c: &c, src: src, first: make(map[string]hcl.Range)}
 	l.file(body)
 	l.problems.Sort()
 	l.warnings.Sort()
@@ -66,6 +66,7 @@ func decode(src []byte, file string, base *Config) (*Config, Problems, Problems)
 type loader struct {
 	reader
 	c        *Config
+	src      []byte
 	first    map[string]hcl.Range // the header of each block that may be there once
 	warnings Problems
 }
@@ -110,7 +111,13 @@ func (l *loader) file(body *hclsyntax.Body) {
 		},
 		"authority": l.authority,
 		"attestor":  l.attestor,
-		"entry":     func(b *hclsyntax.Block) { entries = append(entries, b) },
+		"claims": func(b *hclsyntax.Block) {
+			if l.once(b) && l.labels(b) {
+				start := b.OpenBraceRange.End
+				c.Claims = &Claims{b.DefRange(), string(l.src[start.Byte:b.CloseBraceRange.Start.Byte]), start}
+			}
+		},
+		"entry": func(b *hclsyntax.Block) { entries = append(entries, b) },
 	})
 
 	l.places()

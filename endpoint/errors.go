@@ -60,6 +60,7 @@ var codeOf = []struct {
 	{errUnknown, codes.Unavailable},
 	{errStopping, codes.Unavailable},
 	{svid.ErrNotReady, codes.Unavailable},
+	{svid.ErrDenied, codes.PermissionDenied},
 	// The connection has gone, or goes: the program that the process runs now
 	// is attested on its next one.
 	{peer.ErrProgramChanged, codes.Unavailable},

@@ -162,6 +162,12 @@ type jwtClaims struct {
 // JWT returns a new JWT-SVID. Its life ends with the key's at the latest; less
 // than a second of it is ErrNotReady.
 func (i *Issuer) JWT(id spiffeid.ID, audience []string, ttl time.Duration) (Token, error) {
+	return i.JWTWith(id, audience, ttl, nil)
+}
+
+// JWTWith is JWT with private claims beside the token's own, whose names they
+// may not have.
+func (i *Issuer) JWTWith(id spiffeid.ID, audience []string, ttl time.Duration, private map[string]any) (Token, error) {
 	if err := i.check(id); err != nil {
 		return Token{}, err
 	}
@@ -184,6 +190,9 @@ func (i *Issuer) JWT(id spiffeid.ID, audience []string, ttl time.Duration) (Toke
 		ID:       rand.Text(), // 130 bits
 		Subject:  id.String(),
 	})
+	if err == nil && len(private) > 0 {
+		claims, err = withPrivate(claims, private)
+	}
 	if err != nil {
 		return Token{}, fmt.Errorf("sign token for %s: %w", id, err)
 	}
@@ -199,6 +208,20 @@ func (i *Issuer) JWT(id spiffeid.ID, audience []string, ttl time.Duration) (Toke
 	buf = append(buf, '.')
 	t.Compact = string(enc.AppendEncode(buf, sig))
 	return t, nil
+}
+
+// withPrivate adds claims to an object that is encoded already.
+func withPrivate(object []byte, private map[string]any) ([]byte, error) {
+	for _, name := range []string{"aud", "exp", "iat", "iss", "jti", "nbf", "sub"} {
+		if _, taken := private[name]; taken {
+			return nil, fmt.Errorf("claim %s is the token's own", name)
+		}
+	}
+	more, err := json.Marshal(private)
+	if err != nil {
+		return nil, err
+	}
+	return append(append(object[:len(object)-1], ','), more[1:]...), nil
 }
 
 // check refuses what must not be signed by us whoever asks: an ID of another

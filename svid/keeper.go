@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -50,6 +51,8 @@ type Keeper struct {
 	log       hclog.Logger
 	subsets   subsets
 	emptied   chan struct{} // the last holder went
+	// generation is part of what a cached token is found by.
+	generation atomic.Uint64
 
 	mu       sync.RWMutex // guards what follows
 	holders  map[uint64]*held

@@ -27,6 +27,7 @@ import (
 var (
 	ErrNotReady = errors.New("authority is not ready")          // yet, or for now
 	ErrNoBundle = errors.New("no bundle for this trust domain") // of a token
+	ErrDenied   = errors.New("authority denies a signature")    // for this ID
 )
 
 // An Authority signs SVIDs for entries and publishes trust bundles. It is

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -56,7 +57,7 @@ func (k *Keeper) JWT(ctx context.Context, h Holder, e registry.Entry, audience [
 		}
 		return t.JWT, nil
 	}
-	key := keyOf(&e, audience)
+	key := keyOf(&e, audience, k.generation.Load())
 	for {
 		kept, err := k.hold(h)
 		if err != nil {
@@ -89,6 +90,10 @@ func (k *Keeper) JWT(ctx context.Context, h Holder, e registry.Entry, audience [
 	}
 }
 
+// ForgetTokens has every token from now on minted anew: what the authority says
+// in one is no longer what it said. Those that were handed out live on.
+func (k *Keeper) ForgetTokens() { k.generation.Add(1) }
+
 // remint mints and caches, or falls back to the cached token; it closes done.
 func (k *Keeper) remint(ctx context.Context, kept *held, key tokenKey, cached *token, e registry.Entry, audience []string, done chan struct{}) (JWT, error) {
 	defer func() {
@@ -99,7 +104,8 @@ func (k *Keeper) remint(ctx context.Context, kept *held, key tokenKey, cached *t
 	}()
 	t, err := k.mint(ctx, e, audience)
 	if err != nil {
-		if ctx.Err() != nil || cached == nil || !cached.valid(time.Now()) {
+		// What the authority denies it would not have signed now either.
+		if ctx.Err() != nil || cached == nil || !cached.valid(time.Now()) || errors.Is(err, ErrDenied) {
 			return JWT{}, err
 		}
 		again := *cached
@@ -160,8 +166,8 @@ func (k *Keeper) mint(ctx context.Context, e registry.Entry, audience []string) 
 	}, nil
 }
 
-func keyOf(e *registry.Entry, audience []string) tokenKey {
-	var buf []byte
+func keyOf(e *registry.Entry, audience []string, generation uint64) tokenKey {
+	buf := binary.AppendUvarint(nil, generation)
 	for _, s := range append([]string{e.ID, e.SPIFFEID.String()}, audience...) {
 		buf = binary.AppendUvarint(buf, uint64(len(s)))
 		buf = append(buf, s...)

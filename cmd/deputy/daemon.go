@@ -15,6 +15,7 @@ import (
 	"github.com/deputy-id/deputy/attestor/peer"
 	"github.com/deputy-id/deputy/conf"
 	"github.com/deputy-id/deputy/endpoint"
+	"github.com/deputy-id/deputy/plugins/claims"
 	"github.com/deputy-id/deputy/svid"
 	"github.com/deputy-id/deputy/svid/local"
 	"github.com/deputy-id/deputy/svid/registry"
@@ -30,6 +31,7 @@ type daemon struct {
 	reloads  *reloads
 	log      hclog.Logger
 	store    *registry.Store
+	book     *claims.Rulebook
 }
 
 // run serves until the context ends. What it opens it closes, the last first.
@@ -61,7 +63,11 @@ func (d *daemon) run(ctx context.Context) (err error) {
 		d.log.Warn("kernel is older than it could be", "instead", l)
 	}
 
-	authority, err := local.Open(ctx, authorityOptions(c, d.log))
+	d.book = claims.NewRulebook(d.log)
+	d.book.Put(d.settings.claims)
+	options := authorityOptions(c, d.log)
+	options.Claims = d.book
+	authority, err := local.Open(ctx, options)
 	if err != nil {
 		return err
 	}
@@ -85,11 +91,12 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	}
 	opened = append(opened, src.Close)
 
+	keeper := svid.NewKeeper(authority, svid.KeeperOptions{KeyType: svid.KeyType(c.Authority.WorkloadKeyType.Value), Log: d.log})
 	server := endpoint.New(endpoint.Config{
 		TrustDomain: c.TrustDomain.Value,
 		Attestors:   attestor.NewSet(d.log, d.demand, src.list...),
 		Registry:    d.store,
-		Keeper:      svid.NewKeeper(authority, svid.KeeperOptions{KeyType: svid.KeyType(c.Authority.WorkloadKeyType.Value), Log: d.log}),
+		Keeper:      keeper,
 		Authority:   authority,
 		Log:         d.log,
 		Processes:   table,
@@ -122,6 +129,8 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	work.Go(func() error { return server.ServeAdmin(admin) })
 	work.Go(func() error { return authority.Run(ctx) })
 	work.Go(func() error { return d.store.Run(ctx) })
+	work.Go(func() error { return d.book.Run(ctx) })
+	work.Go(func() error { return followClaims(ctx, d.book, keeper) })
 	work.Go(func() error { return d.follow(ctx, d.reloads) })
 
 	set, _ := d.store.Set()

@@ -8,6 +8,7 @@ import (
 
 	"github.com/deputy-id/deputy/attestor"
 	"github.com/deputy-id/deputy/conf"
+	"github.com/deputy-id/deputy/plugins/claims"
 	"github.com/deputy-id/deputy/svid/registry"
 )
 
@@ -15,6 +16,7 @@ import (
 type settings struct {
 	*conf.Config
 	entries  []registry.Entry
+	claims   *claims.Rules
 	warnings conf.Problems
 }
 
@@ -23,7 +25,7 @@ type settings struct {
 func load(file string) (*settings, error) {
 	base, err := conf.Default(os.Geteuid() == 0, os.Getenv)
 	if err != nil || file == "" {
-		return &settings{Config: base}, err
+		return &settings{Config: base, claims: new(claims.Rules)}, err
 	}
 	c, warnings, err := conf.Load(file, base)
 	var problems conf.Problems
@@ -33,6 +35,7 @@ func load(file string) (*settings, error) {
 	s := &settings{Config: c, warnings: warnings}
 	if c != nil {
 		problems = s.check(slices.Clone(problems))
+		problems = append(problems, s.readClaims()...)
 	}
 	s.warnings.Sort()
 	if len(problems) > 0 {

@@ -125,7 +125,7 @@ func (d *daemon) follow(ctx context.Context, r *reloads) error {
 	}
 }
 
-// reload puts the entries and the log level of the file in force. A file with
+// reload puts the entries, the claims and the log level of the file in force. A file with
 // a mistake changes nothing: taking identities away because of one would stop
 // every agent of the host.
 func (d *daemon) reload() {
@@ -153,6 +153,7 @@ func (d *daemon) reload() {
 		d.log.Error("configuration is not reloaded, the last good one stays", "error", err)
 		return
 	}
+	d.book.Put(next.claims)
 	for _, key := range needRestart(d.settings.Config, next.Config) {
 		d.log.Warn("changed setting needs a restart", "setting", key)
 	}
@@ -161,7 +162,7 @@ func (d *daemon) reload() {
 		d.log.SetLevel(next.LogLevel.Value)
 	}
 	d.settings.entries, d.settings.LogLevel = next.entries, next.LogLevel
-	d.log.Info("configuration reloaded", "entries", len(next.entries))
+	d.log.Info("configuration reloaded", "entries", len(next.entries), "claims", next.claims.Len())
 }
 
 // needRestart lists the settings that differ and that only a start reads.

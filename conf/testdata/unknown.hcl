@@ -1,5 +1,5 @@
 trust_domian = "example.org"
-claims {}
+claim {}
 data_dir {}
 workload_socket = "/run/x.sock"
 entry "/a" {

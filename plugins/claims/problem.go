@@ -14,6 +14,7 @@ const maxProblems = 50
 type Problem struct {
 	File         string
 	Line, Column int // from 1; columns count characters
+	Byte         int // from 0
 	Reason       string
 }
 
@@ -36,7 +37,7 @@ func (p Problems) Error() string {
 
 func (p Problems) sort() {
 	slices.SortStableFunc(p, func(a, b Problem) int {
-		return cmp.Or(strings.Compare(a.File, b.File), a.Line-b.Line, a.Column-b.Column)
+		return cmp.Or(strings.Compare(a.File, b.File), a.Byte-b.Byte)
 	})
 }
 
@@ -52,7 +53,7 @@ func (f *findings) add(t *text, at pos, format string, args ...any) {
 		return
 	}
 	line, column := t.place(at)
-	f.problems = append(f.problems, Problem{t.Name, line, column, fmt.Sprintf(format, args...)})
+	f.problems = append(f.problems, Problem{t.Name, line, column, t.Byte + int(at.off), fmt.Sprintf(format, args...)})
 }
 
 // err is nil if nothing was found.

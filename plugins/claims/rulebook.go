@@ -39,10 +39,13 @@ func NewRulebook(log hclog.Logger) *Rulebook {
 // Rules returns the rules in force, and the channel that closes when others are.
 func (b *Rulebook) Rules() (*Rules, <-chan struct{}) { return b.current.Load() }
 
-// Put puts rules in force.
+// Put puts rules in force. Those of the same text and file are in force already.
 func (b *Rulebook) Put(r *Rules) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	if now, _ := b.current.Load(); now.origin == r.origin && now.trustDomain == r.trustDomain {
+		return
+	}
 	b.current.Store(r)
 }
 

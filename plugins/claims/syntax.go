@@ -14,6 +14,7 @@ type Source struct {
 	Name         string // of the file, for messages
 	Text         string
 	Line, Column int // 0: the beginning of the file
+	Byte         int
 }
 
 // text is a source whose places can be told.

@@ -61,7 +61,15 @@ type Options struct {
 	KeyType     svid.KeyType  // of CA and JWT keys; empty: ec-p256
 	JWTIssuer   string        // the iss claim of JWT-SVIDs; empty: none
 	Upstream    Upstream      // zero: the CA is self-signed
+	Claims      claimer       // of JWT-SVIDs; nil: none beside the standard's
 	Log         hclog.Logger
+}
+
+// A claimer says which private claims the token of an ID carries, by name. An
+// error keeps it from being signed: who reads the claims must not take a token
+// without them for one whose agent has no bounds.
+type claimer interface {
+	Claims(id spiffeid.ID, now time.Time) (map[string]any, error)
 }
 
 // An Authority signs with its own keys. It is safe for concurrent use.
@@ -256,7 +264,13 @@ func (a *Authority) MintJWT(id spiffeid.ID, audience []string, ttl time.Duration
 	if err != nil {
 		return svid.Token{}, err
 	}
-	return i.JWT(id, audience, a.limit(ttl, a.o.JWTTTL))
+	var private map[string]any
+	if a.o.Claims != nil {
+		if private, err = a.o.Claims.Claims(id, time.Now()); err != nil {
+			return svid.Token{}, fmt.Errorf("%w: %w", svid.ErrDenied, err)
+		}
+	}
+	return i.JWTWith(id, audience, a.limit(ttl, a.o.JWTTTL), private)
 }
 
 func (a *Authority) limit(ttl, byDefault time.Duration) time.Duration {

@@ -32,7 +32,9 @@ var may = map[string][]string{
 	"svid":               {"svid/registry"},
 	"svid/local":         {"svid", "svid/registry"},
 	"endpoint":           {"attestor", "attestor/peer", "attestor/container", "svid/registry", "svid", "svid/local", "proto/deputy/admin/v1"},
+	"delegation":         {},
 	"plugins/attest":     {"attestor", "attestor/peer", "attestor/container"},
+	"plugins/claims":     {"delegation"},
 	"conf":               {},
 
 	"internal/durable":      {},
@@ -51,7 +53,7 @@ var free = []string{"cmd/", "test/"}
 var keepers = map[string][]string{
 	"github.com/moby/moby":        {"attestor/container"},
 	"github.com/godbus/dbus":      {"attestor"},
-	"github.com/hashicorp/hcl":    {"conf"},
+	"github.com/hashicorp/hcl":    {"conf", "cmd/deputy"},
 	"github.com/zclconf/go-cty":   {"conf"},
 	"github.com/spf13/cobra":      {"cmd/deputy"},
 	"github.com/fsnotify":         {"cmd/deputy"},

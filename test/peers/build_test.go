@@ -76,7 +76,7 @@ var plugins = sync.OnceValues(func() (string, error) {
 		return "", err
 	}
 	scratch = append(scratch, dir)
-	cmd := exec.Command("go", "build", "-o", dir+"/", "./cmd/deputy-claims", "./cmd/deputy-attest", "./test/agent", "./test/container")
+	cmd := exec.Command("go", "build", "-o", dir+"/", "./cmd/deputy-claims", "./cmd/deputy-attest", "./test/agent", "./test/composer", "./test/container")
 	cmd.Dir = "../.."
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {

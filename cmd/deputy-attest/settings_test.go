@@ -3,6 +3,7 @@ package main
 import (
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -63,5 +64,25 @@ func TestDecodeDoesNotLookAtSockets(t *testing.T) {
 	}
 	if _, err := decode("attestor \"docker\" {\n  socket = \"" + socket + "\"\n}"); err != nil {
 		t.Error(err)
+	}
+}
+
+// What the documentation shows is read as it stands.
+func TestDecodeReadsTheDocumentation(t *testing.T) {
+	text, err := os.ReadFile("../../docs/spire-plugins.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, block, ok := strings.Cut(string(text), "```hcl\n# plugin_data of deputy-attest\n")
+	block, _, ok2 := strings.Cut(block, "```")
+	if !ok || !ok2 {
+		t.Fatal("the documentation has no plugin_data of deputy-attest")
+	}
+	got, err := decode(block)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got.Type != "image" || got.Docker == nil || !got.Systemd || got.NoDigests || got.AllowTraced || got.DenyUnknown {
+		t.Errorf("got %+v, want what the text says", got)
 	}
 }

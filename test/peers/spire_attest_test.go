@@ -115,11 +115,7 @@ func TestStockAgentAttestsByDeputysPlugin(t *testing.T) {
 		agent:  func(text string) string { return strings.ReplaceAll(text, "/run/docker.sock", "DOCKER") },
 	})
 	b := startBox(t, filepath.Dir(s.workload), "SPIFFE_ENDPOINT_SOCKET=unix://"+s.workload)
-	conf, err := os.ReadFile(s.path("agent.conf"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	s.write(t, "agent.conf", strings.ReplaceAll(string(conf), "DOCKER", b.socket()))
+	s.write(t, "agent.conf", strings.ReplaceAll(s.read(t, "agent.conf"), "DOCKER", b.socket()))
 	s.startServer(t)
 	s.entry(t, "/agent/by-digest", "deputy:image:digest:"+b.Digest)
 	s.entry(t, "/agent/by-config", "deputy:image:config_digest:"+b.ConfigDigest, "deputy:container:id:"+b.ID)
@@ -167,6 +163,38 @@ func eventually(t *testing.T, whose string, get func() ([]string, error), want [
 		got, err = get()
 		return err == nil && slices.Equal(got, want)
 	})
+}
+
+// A plugin_data_file is SPIRE's to read: it does at SIGUSR1.
+func TestStockAgentReconfiguresThePlugin(t *testing.T) {
+	s := newSPIRE(t, changes{
+		server: without(`CredentialComposer "deputy"`),
+		agent: func(text string) string {
+			before, rest, _ := strings.Cut(without(`WorkloadAttestor "image"`)(text), "    plugin_data {\n      attestor")
+			_, rest, _ = strings.Cut(rest, "\n    }\n")
+			return before + "    plugin_data_file = \"/etc/spire/attest.hcl\"\n" + rest
+		},
+	})
+	s.write(t, "agent.conf", strings.ReplaceAll(s.read(t, "agent.conf"), "/etc/spire", s.dir))
+	s.write(t, "attest.hcl", `type = "unix"`)
+	s.startServer(t)
+	s.entry(t, "/agent/of-one-type", fmt.Sprintf("deputy:uid:%d", os.Getuid()))
+	s.entry(t, "/agent/of-all", fmt.Sprintf("deputy:unix:uid:%d", os.Getuid()))
+	s.startAgent(t)
+	ids := func() ([]string, error) { return s.hostIDs(t) }
+	eventually(t, "with one type", ids, []string{"/agent/of-one-type"})
+
+	reload := func(text string) {
+		s.write(t, "attest.hcl", text)
+		if err := s.agent.cmd.Process.Signal(syscall.SIGUSR1); err != nil {
+			t.Fatal(err)
+		}
+	}
+	reload("\ntype = \"unics\"")
+	await(t, "a refused configuration", func() bool { return strings.Contains(s.agent.log(), "plugin_data:2:8: unknown type") })
+	eventually(t, "after a broken configuration", ids, []string{"/agent/of-one-type"})
+	reload("digests = false")
+	eventually(t, "with all types", ids, []string{"/agent/of-all"})
 }
 
 func TestStockAgentRefusesBrokenPluginData(t *testing.T) {

@@ -129,11 +129,7 @@ func TestStockServerReconfiguresThePlugin(t *testing.T) {
 			return before + "    plugin_data_file = \"CLAIMS\"\n" + rest
 		},
 	})
-	conf, err := os.ReadFile(s.path("server.conf"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	s.write(t, "server.conf", strings.ReplaceAll(string(conf), "CLAIMS", s.rules))
+	s.write(t, "server.conf", strings.ReplaceAll(s.read(t, "server.conf"), "CLAIMS", s.rules))
 	s.startServer(t)
 	mint := func() (out string) {
 		return s.cli(t, "jwt", "mint", "-spiffeID", "spiffe://example.org"+researcher, "-audience", "x")

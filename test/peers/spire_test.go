@@ -178,6 +178,15 @@ func (s *spire) write(t testing.TB, name, text string) {
 	}
 }
 
+func (s *spire) read(t testing.TB, name string) string {
+	t.Helper()
+	b, err := os.ReadFile(s.path(name))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
+
 func sample(t testing.TB, name string) string {
 	t.Helper()
 	b, err := os.ReadFile(filepath.Join("../../conf/samples/spire", name))

@@ -29,6 +29,7 @@ import (
 
 	"github.com/deputy-id/deputy/attestor"
 	"github.com/deputy-id/deputy/attestor/peer"
+	"github.com/deputy-id/deputy/test/engine"
 )
 
 // decodeJSON stands in for the configuration's own language.
@@ -65,7 +66,7 @@ func TestMain(m *testing.M) {
 		os.Stdin.Read(make([]byte, 1))
 		return
 	}
-	os.Exit(m.Run())
+	os.Exit(engine.Main(m))
 }
 
 func (c *client) configure(t *testing.T, text string) {

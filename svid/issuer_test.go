@@ -230,3 +230,35 @@ func p521(t testing.TB) crypto.Signer {
 	}
 	return k
 }
+
+func TestPrivateClaimsStandBesideTheTokensOwn(t *testing.T) {
+	a := newAuthority(t, svid.ECP256)
+	id := spiffeid.RequireFromPath(td, "/agent/x")
+	b, _ := a.Bundles()
+	tok, err := a.issuer.JWTWith(id, []string{"a"}, time.Minute, map[string]any{"delegation": map[string]any{"v": 1}, "x.example": "<y>"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := jwtsvid.ParseAndValidate(tok.Compact, b.Own.SPIFFE().JWTBundle(), []string{"a"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"aud", "exp", "iat", "jti", "sub"} {
+		if got.Claims[name] == nil {
+			t.Errorf("got no %s", name)
+		}
+		delete(got.Claims, name)
+	}
+	if diff := cmp.Diff(map[string]any{"delegation": map[string]any{"v": 1.0}, "x.example": "<y>"}, got.Claims); diff != "" {
+		t.Error(diff)
+	}
+	for name, private := range map[string]map[string]any{
+		"the token's own":      {"sub": "spiffe://example.org/agent/other"},
+		"one that it may have": {"nbf": 0},
+		"what is no JSON":      {"x": func() {}},
+	} {
+		if tok, err := a.issuer.JWTWith(id, []string{"a"}, time.Minute, private); err == nil {
+			t.Errorf("%s: got %s, want an error", name, tok.Compact)
+		}
+	}
+}

@@ -394,3 +394,43 @@ func TestKeeperCachesTokensPerAudienceSet(t *testing.T) {
 		}
 	})
 }
+
+func TestKeeperMintsAnewWhatItForgot(t *testing.T) {
+	inBubble(t, func(t *testing.T, a *authority, k *svid.Keeper, h svid.Holder, _ func()) {
+		mint := func() (string, error) {
+			j, err := k.JWT(t.Context(), h, entry("a"), []string{"x"})
+			return j.Token, err
+		}
+		first, err := mint()
+		if err != nil {
+			t.Fatal(err)
+		}
+		k.ForgetTokens()
+		second, err := mint()
+		if err != nil || second == first {
+			t.Errorf("got %v and the same token: %t, want another", err, second == first)
+		}
+		if third, err := mint(); err != nil || third != second {
+			t.Errorf("got %v and the same token: %t, want the cached one", err, third == second)
+		}
+		k.ForgetTokens()
+		a.fail(errDown)
+		if _, err := mint(); !errors.Is(err, errDown) {
+			t.Errorf("got %v, want the server's error and no forgotten token", err)
+		}
+	})
+}
+
+// A failure is bridged with the cached token; a denial is an answer.
+func TestKeeperServesNoTokenThatIsDeniedNow(t *testing.T) {
+	inBubble(t, func(t *testing.T, a *authority, k *svid.Keeper, h svid.Holder, _ func()) {
+		if _, err := k.JWT(t.Context(), h, entry("a"), []string{"x"}); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(160 * time.Second)
+		a.fail(fmt.Errorf("by the rules: %w", svid.ErrDenied))
+		if _, err := k.JWT(t.Context(), h, entry("a"), []string{"x"}); !errors.Is(err, svid.ErrDenied) {
+			t.Errorf("got %v, want ErrDenied", err)
+		}
+	})
+}

@@ -5,7 +5,9 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"errors"
 	"testing"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
@@ -65,5 +67,35 @@ func verify(t *testing.T, a *Authority, b *svid.Bundle) {
 	}
 	if got, _, err := svid.Validate(tok.Compact, "aud", &svid.Bundles{Own: b}); err != nil || got != id {
 		t.Errorf("JWT-SVID by Validate: got %v, %v, want %v", got, err, id)
+	}
+}
+
+type claimsOf func(spiffeid.ID) (map[string]any, error)
+
+func (f claimsOf) Claims(id spiffeid.ID, _ time.Time) (map[string]any, error) { return f(id) }
+
+func TestTokensCarryTheClaimsOfTheirID(t *testing.T) {
+	bad := errors.New("no rule")
+	a := open(t, Options{Claims: claimsOf(func(id spiffeid.ID) (map[string]any, error) {
+		switch id.Path() {
+		case "/denied":
+			return nil, bad
+		case "/plain":
+			return nil, nil
+		}
+		return map[string]any{"path": id.Path()}, nil
+	})})
+	for path, want := range map[string]any{"/x": "/x", "/plain": nil} {
+		tok, err := a.MintJWT(spiffeid.RequireFromPath(td, path), []string{"aud"}, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := jwtsvid.ParseAndValidate(tok.Compact, bundleOf(a).SPIFFE().JWTBundle(), []string{"aud"})
+		if err != nil || got.Claims["path"] != want {
+			t.Errorf("%s: got %v, %v, want %v", path, got, err, want)
+		}
+	}
+	if tok, err := a.MintJWT(spiffeid.RequireFromPath(td, "/denied"), []string{"aud"}, 0); !errors.Is(err, svid.ErrDenied) || !errors.Is(err, bad) || tok.Compact != "" {
+		t.Errorf("got %v, %v, want a denial with its reason", tok, err)
 	}
 }

@@ -13,6 +13,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/hashicorp/go-hclog"
@@ -195,7 +196,7 @@ func TestAttestRefuses(t *testing.T) {
 		{"a process that ended", attest(gone.Process.Pid), codes.NotFound},
 		{"a PID that no process can have", attest(1<<31 - 1), codes.NotFound},
 		{"no reference", byReference(nil), codes.InvalidArgument},
-		{"a reference of another type", byReference(reference(t, durationpb.New(1))), codes.InvalidArgument},
+		{"a reference of another type", byReference(reference(t, durationpb.New(time.Duration(os.Getpid())*time.Second))), codes.InvalidArgument},
 		{"a malformed reference", byReference(malformed), codes.InvalidArgument},
 		{"a reference to no process", byReference(reference(t, &broker.WorkloadPIDReference{})), codes.InvalidArgument},
 	} {
@@ -339,6 +340,49 @@ func TestConfigureWhileAttesting(t *testing.T) {
 		c.configure(t, []string{"", `{"Type": "unix"}`}[i%2])
 	}
 	calls.Wait()
+}
+
+// A slow attestor answers when it is told to.
+type slow struct{ asked, answer chan struct{} }
+
+func (s slow) Attest(context.Context, *peer.Process) ([]attestor.Selector, error) {
+	close(s.asked)
+	<-s.answer
+	return []attestor.Selector{{Type: "unix", Value: "uid:7"}}, nil
+}
+
+func TestAttestationFinishesUnderWhatItBeganWith(t *testing.T) {
+	p := New(decodeJSON)
+	if err := p.open(); err != nil {
+		t.Fatal(err)
+	}
+	one := slow{make(chan struct{}), make(chan struct{})}
+	closed := make(chan struct{})
+	p.current = &sources{
+		table:  p.table,
+		set:    attestor.NewSet(hclog.NewNullLogger(), nil, attestor.Source{Name: "slow", Prefixes: []string{"unix:"}, Attestor: one}),
+		closes: []func() error{func() error { close(closed); return nil }},
+	}
+	c := serve(t, p)
+	var call sync.WaitGroup
+	call.Go(func() {
+		if got := c.values(t, os.Getpid()); !slices.Equal(got, []string{"unix:uid:7"}) {
+			t.Errorf("got %q, want what the attestor of the time said", got)
+		}
+	})
+	<-one.asked
+	c.configure(t, "")
+	for range 20 { // time enough for what must not happen
+		c.values(t, os.Getpid())
+		select {
+		case <-closed:
+			t.Fatal("the attestor is closed while it is asked")
+		default:
+		}
+	}
+	close(one.answer)
+	call.Wait()
+	<-closed
 }
 
 func TestSettingsCheck(t *testing.T) {

@@ -133,11 +133,12 @@ func oneOf(names ...string) func(string) error {
 // body hands keys and blocks to their readers; each key may be there once, and
 // whatever has no reader is a problem.
 func (d *decoder) body(b *body, in string, k keys, bl blocks) {
+	repeated := repeats(b.attributes)
 	for i := range b.attributes {
 		a := &b.attributes[i]
-		same := func(o attribute) bool { return o.name == a.name }
-		switch first := slices.IndexFunc(b.attributes[:i], same); {
-		case first >= 0:
+		first, again := repeated[i]
+		switch {
+		case again:
 			line, _ := d.place(b.attributes[first].at)
 			d.problem(a.at, "%s is there already, at line %d", a.name, line)
 		case k[a.name] != nil:
@@ -161,6 +162,34 @@ func (d *decoder) body(b *body, in string, k keys, bl blocks) {
 			d.problem(one.at, "unknown block %q in %s; there %s", one.name, in, list(bl))
 		}
 	}
+}
+
+// repeats maps the places of keys that are there already to their first ones.
+// It is nil for nearly every body.
+func repeats(attributes []attribute) (repeated map[int]int) {
+	found := func(first, again int) {
+		if repeated == nil {
+			repeated = make(map[int]int)
+		}
+		repeated[again] = first
+	}
+	if len(attributes) > 16 { // more than any block has: a file may be nothing else
+		seen := make(map[string]int)
+		for i, a := range attributes {
+			if first, ok := seen[a.name]; ok {
+				found(first, i)
+			} else {
+				seen[a.name] = i
+			}
+		}
+		return repeated
+	}
+	for i, a := range attributes {
+		if first := slices.IndexFunc(attributes[:i], func(o attribute) bool { return o.name == a.name }); first >= 0 {
+			found(first, i)
+		}
+	}
+	return repeated
 }
 
 func list[V any](m map[string]V) string {

@@ -1,5 +1,10 @@
 package claims
 
+import (
+	"context"
+	"fmt"
+)
+
 // An index finds rules by the segments of an ID. It is a tree with a branch for
 // each segment, kept in one map: a map for each of a hundred thousand nodes
 // would take longer to make than the rules to read.
@@ -99,8 +104,9 @@ func (x *index) from(at int32, segments []string) int32 {
 
 // clashes calls report with each pair of rules that share IDs without one's
 // containing the other's. Whether two rules may be such a pair shows in their
-// shapes, of which there are few.
-func clashes(rules []rule, report func(a, b int)) {
+// shapes, of which there are few: with thousands of them, which nobody writes,
+// it ends with the context.
+func clashes(ctx context.Context, rules []rule, report func(a, b int)) error {
 	shapes := make(map[string][]int32)
 	var order []string
 	for i := range rules {
@@ -120,6 +126,9 @@ func clashes(rules []rule, report func(a, b int)) {
 	}
 	for i, a := range order {
 		for _, b := range order[i+1:] {
+			if ctx.Err() != nil {
+				return fmt.Errorf("hold rules of %d shapes against each other: %w", len(order), ctx.Err())
+			}
 			o := compare(a, b)
 			if !o.possible || o.nested {
 				continue
@@ -142,4 +151,5 @@ func clashes(rules []rule, report func(a, b int)) {
 			}
 		}
 	}
+	return nil
 }

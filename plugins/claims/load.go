@@ -17,6 +17,8 @@ const (
 	maxFile = 64 << 20 // bytes
 	// readTime bounds the reading of a file, which on a network may hang.
 	readTime = 10 * time.Second
+	// joinTime bounds the search for rules that clash.
+	joinTime = 10 * time.Second
 )
 
 // An origin is what rules were made of, to make them again.
@@ -72,8 +74,11 @@ func Load(ctx context.Context, src Source, td spiffeid.TrustDomain) (*Rules, err
 	if s.claimName.value != "" {
 		r.name = s.claimName.value
 	}
-	d.join(r)
+	err := d.join(ctx, r)
 	if err := d.err(); err != nil {
+		return nil, err
+	}
+	if err != nil {
 		return nil, err
 	}
 	return r, nil
@@ -90,14 +95,16 @@ func LoadFile(ctx context.Context, path string, td spiffeid.TrustDomain) (*Rules
 
 // join makes the index, and refuses rules of which nobody could say which
 // counts.
-func (d *decoder) join(r *Rules) {
+func (d *decoder) join(ctx context.Context, r *Rules) error {
 	r.index = newIndex(len(r.rules))
 	for i := range r.rules {
 		if same, ok := r.index.add(&r.rules[i].pattern, i); !ok {
 			d.add(r.rules[i].text, r.rules[i].at, "the rule at %s has the same IDs", r.rules[same].where())
 		}
 	}
-	clashes(r.rules, func(a, b int) {
+	ctx, cancel := context.WithTimeout(ctx, joinTime)
+	defer cancel()
+	return clashes(ctx, r.rules, func(a, b int) {
 		d.add(r.rules[b].text, r.rules[b].at, "some IDs are in this rule and in the one at %s, and neither has all of the other's: nobody could say which counts", r.rules[a].where())
 	})
 }

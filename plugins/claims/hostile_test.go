@@ -1,0 +1,98 @@
+package claims
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"strings"
+	"testing"
+	"time"
+
+	composerv1 "github.com/spiffe/spire-plugin-sdk/proto/spire/plugin/server/credentialcomposer/v1"
+	"google.golang.org/protobuf/types/known/structpb"
+)
+
+// Ten megabytes of anything are refused, or read, in a time that somebody would
+// wait for.
+func TestLargeTexts(t *testing.T) {
+	fill := func(s string) string { return strings.Repeat(s, 10<<20/len(s)) }
+	for name, text := range map[string]string{
+		"brackets":                  "a = " + fill("["),
+		"braces":                    fill("a {\n"),
+		"one string":                `a = "` + fill("x"),
+		"one line of escapes":       `a = "` + fill(`\u0041`) + `"`,
+		"one key, again and again":  fill("unmapped = \"omit\"\n"),
+		"unknown keys":              fill("a = 1\n"),
+		"unknown blocks":            fill("a {\n}\n"),
+		"one rule, again and again": fill("rule \"/a\" {}\n"),
+		"bad patterns":              fill("rule \"/a/..\" {}\n"),
+		"one list":                  "rule \"/a\" {\n  scopes = [" + fill(`"x",`) + "]\n}",
+		"one pattern":               `rule "` + fill("/x") + `" {}`,
+		"labels":                    "rule " + fill(`"/a" `) + " {}",
+		"comments":                  fill("/**/") + "\nx = 1",
+		"zero bytes":                fill("\x00"),
+	} {
+		t.Run(name, func(t *testing.T) {
+			start := time.Now()
+			if _, err := Load(t.Context(), Source{Name: "x", Text: text}, domain); err == nil || len(err.Error()) > 64<<10 {
+				t.Errorf("got an error of %d bytes", len(fmt.Sprint(err)))
+			}
+			if took := time.Since(start); took > 20*time.Second {
+				t.Errorf("took %s", took)
+			}
+		})
+	}
+}
+
+// Rules of thousands of shapes end the search for clashes, and not the patience
+// of who waits.
+func TestShapesWithoutEnd(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes as long as a load may")
+	}
+	r := rand.New(rand.NewPCG(1, 2))
+	var b strings.Builder
+	for i := range 100_000 {
+		fmt.Fprintf(&b, "rule \"/n%d", i)
+		for s := range 14 {
+			if r.IntN(2) == 0 {
+				fmt.Fprintf(&b, "/{s%d}", s)
+			} else {
+				fmt.Fprintf(&b, "/f%d", r.IntN(9))
+			}
+		}
+		b.WriteString("\" {}\n")
+	}
+	start := time.Now()
+	_, err := Load(t.Context(), Source{Name: "x", Text: b.String()}, domain)
+	t.Log(err)
+	if took := time.Since(start); took > 3*joinTime {
+		t.Errorf("took %s", took)
+	}
+}
+
+func FuzzCompose(f *testing.F) {
+	r := load(f, "on_error = \"omit\"\nrule \"/agent/{team}/*\" {\n  owner = \"{team}\"\n  chain = [\"/agent/{team}/planner\"]\n  x509 { dns_names = [\"{team}.example\"] }\n}\nrule \"/{any}\" {}\n")
+	for _, id := range []string{"spiffe://prod.example/agent/x/y", "spiffe://prod.example/agent/../y", "spiffe://prod.example", "", "spiffe://prod.example/agent/x/planner", "spiffe://PROD.example/a", "spiffe://prod.example/agent/x%2fy/z"} {
+		f.Add(id, "sub")
+	}
+	f.Fuzz(func(t *testing.T, id, name string) {
+		before := &composerv1.JWTSVIDAttributes{Claims: &structpb.Struct{Fields: map[string]*structpb.Value{name: structpb.NewStringValue("kept")}}}
+		after, err := r.compose(id, before, noon)
+		if after != nil {
+			if err != nil || after.Claims.Fields[name].GetStringValue() != "kept" || len(after.Claims.Fields) != 2 {
+				t.Errorf("got %v, %v", after, err)
+			}
+			object := after.Claims.Fields["delegation"].GetStructValue().Fields
+			if got := object["act"].GetStructValue().Fields["sub"].GetStringValue(); got != id {
+				t.Errorf("got act.sub %q for %q", got, id)
+			}
+			// The owner is the team of the path and nobody else's.
+			if owner := object["owner"].GetStringValue(); owner != "" && !strings.HasPrefix(id, "spiffe://prod.example/agent/"+owner+"/") {
+				t.Errorf("got owner %q for %q", owner, id)
+			}
+		}
+		if c, err := r.certify(id, nil, noon); c != nil && err == nil && len(c.DnsSans) != 1 {
+			t.Errorf("got %v", c)
+		}
+	})
+}

@@ -43,12 +43,8 @@ func TestLargeTexts(t *testing.T) {
 	}
 }
 
-// Rules of thousands of shapes end the search for clashes, and not the patience
-// of who waits.
-func TestShapesWithoutEnd(t *testing.T) {
-	if testing.Short() {
-		t.Skip("takes as long as a load may")
-	}
+// Rules of very many shapes that have nothing in common load like others.
+func TestRulesOfManyShapes(t *testing.T) {
 	r := rand.New(rand.NewPCG(1, 2))
 	var b strings.Builder
 	for i := range 100_000 {
@@ -62,11 +58,8 @@ func TestShapesWithoutEnd(t *testing.T) {
 		}
 		b.WriteString("\" {}\n")
 	}
-	start := time.Now()
-	_, err := Load(t.Context(), Source{Name: "x", Text: b.String()}, domain)
-	t.Log(err)
-	if took := time.Since(start); took > 3*joinTime {
-		t.Errorf("took %s", took)
+	if _, err := Load(t.Context(), Source{Name: "x", Text: b.String()}, domain); err != nil {
+		t.Error(err)
 	}
 }
 

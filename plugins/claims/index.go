@@ -24,12 +24,18 @@ type node struct {
 	any   int32 // the node by a named segment
 	exact int32 // the rule that ends here
 	below int32 // the rule of all that is below
-	fixed bool  // whether branches lead on
+	first int32 // of the nodes by a fixed segment
+	// This node, if it is one by a fixed segment.
+	segment string
+	next    int32 // its sibling
+	others  int32 // how many siblings follow
 }
+
+var nothing = node{any: -1, exact: -1, below: -1, first: -1, next: -1}
 
 func newIndex(rules int) index {
 	return index{
-		nodes:    append(make([]node, 0, 2*rules+1), node{-1, -1, -1, false}),
+		nodes:    append(make([]node, 0, 2*rules+1), nothing),
 		branches: make(map[branch]int32, 2*rules),
 	}
 }
@@ -51,7 +57,12 @@ func (x *index) add(p *pattern, n int) (same int, ok bool) {
 		if !ok {
 			next = x.grow()
 			x.branches[b] = next
-			x.nodes[at].fixed = true
+			n := &x.nodes[next]
+			n.segment, n.next = s.text, x.nodes[at].first
+			if n.next >= 0 {
+				n.others = x.nodes[n.next].others + 1
+			}
+			x.nodes[at].first = next
 		}
 		at = next
 	}
@@ -67,7 +78,7 @@ func (x *index) add(p *pattern, n int) (same int, ok bool) {
 }
 
 func (x *index) grow() int32 {
-	x.nodes = append(x.nodes, node{-1, -1, -1, false})
+	x.nodes = append(x.nodes, nothing)
 	return int32(len(x.nodes) - 1)
 }
 
@@ -87,7 +98,7 @@ func (x *index) from(at int32, segments []string) int32 {
 	if len(segments) == 0 {
 		return n.exact
 	}
-	if n.fixed {
+	if n.first >= 0 {
 		if next, ok := x.branches[branch{at, segments[0]}]; ok {
 			if found := x.from(next, segments[1:]); found >= 0 {
 				return found
@@ -102,54 +113,120 @@ func (x *index) from(at int32, segments []string) int32 {
 	return n.below
 }
 
-// clashes calls report with each pair of rules that share IDs without one's
-// containing the other's. Whether two rules may be such a pair shows in their
-// shapes, of which there are few: with thousands of them, which nobody writes,
-// it ends with the context.
-func clashes(ctx context.Context, rules []rule, report func(a, b int)) error {
-	shapes := make(map[string][]int32)
-	var order []string
-	for i := range rules {
-		s := rules[i].shape()
-		if _, ok := shapes[s]; !ok {
-			order = append(order, s)
-		}
-		shapes[s] = append(shapes[s], int32(i))
-	}
-	var key []byte
-	keyOf := func(n int32, at []int) string {
-		key = key[:0]
-		for _, i := range at {
-			key = append(append(key, rules[n].segments[i].text...), '/')
-		}
-		return string(key)
-	}
-	for i, a := range order {
-		for _, b := range order[i+1:] {
-			if ctx.Err() != nil {
-				return fmt.Errorf("hold rules of %d shapes against each other: %w", len(order), ctx.Err())
-			}
-			o := compare(a, b)
-			if !o.possible || o.nested {
-				continue
-			}
-			small, large := shapes[a], shapes[b]
-			if len(small) > len(large) {
-				small, large = large, small
-			}
-			by := make(map[string]int32, len(small))
-			for _, n := range small {
-				k := keyOf(n, o.both)
-				if _, ok := by[k]; !ok {
-					by[k] = n
-				}
-			}
-			for _, n := range large {
-				if m, ok := by[keyOf(n, o.both)]; ok {
-					report(int(min(n, m)), int(max(n, m)))
-				}
-			}
+// clashes calls report with pairs of rules that share IDs without one's
+// containing the other's: with one at least, if there are any.
+//
+// It walks the tree in pairs of nodes that some ID passes both of. Where rules
+// are nested, as they are to be, there are few more pairs than nodes; where they
+// are not, the walk may take long, and ends with the context.
+func (x *index) clashes(ctx context.Context, report func(a, b int32)) error {
+	w := &pairs{index: x, ctx: ctx, report: report}
+	w.same(0)
+	return w.err
+}
+
+// pairs is a walk of clashes.
+type pairs struct {
+	*index
+	ctx    context.Context
+	report func(a, b int32)
+	steps  int
+	err    error
+}
+
+// same walks pairs of which both are below one node.
+func (w *pairs) same(at int32) {
+	n := w.nodes[at]
+	for c := n.first; c >= 0; c = w.nodes[c].next {
+		w.same(c)
+		if n.any >= 0 {
+			w.pair(c, n.any, true, false)
 		}
 	}
-	return nil
+	if n.any >= 0 {
+		w.same(n.any)
+	}
+}
+
+// pair walks the pairs below two nodes. aFixed says that a fixed segment led to
+// a where a named one led to b; bFixed the reverse.
+func (w *pairs) pair(a, b int32, aFixed, bFixed bool) {
+	if w.steps++; w.steps%1024 == 0 && w.err == nil {
+		if w.err = w.ctx.Err(); w.err != nil {
+			w.err = fmt.Errorf("hold rules against each other: %w", w.err)
+		}
+	}
+	if w.err != nil {
+		return
+	}
+	u, v := w.nodes[a], w.nodes[b]
+	if aFixed && bFixed {
+		w.clash(u.exact, v.exact)
+		w.clash(u.below, v.below)
+	}
+	// A rule that is longer than one with a star is no larger; and if the other
+	// has a fixed segment where it has a named one, it is no smaller.
+	if aFixed && u.below >= 0 {
+		w.clash(u.below, w.under(b))
+	}
+	if bFixed && v.below >= 0 {
+		w.clash(w.under(a), v.below)
+	}
+	if u.first >= 0 && v.first >= 0 {
+		// The shorter list is walked and looked up in the other.
+		from, in := a, b
+		if w.nodes[u.first].others > w.nodes[v.first].others {
+			from, in = b, a
+		}
+		for c := w.nodes[from].first; c >= 0; c = w.nodes[c].next {
+			other, ok := w.branches[branch{in, w.nodes[c].segment}]
+			switch {
+			case !ok:
+			case from == a:
+				w.pair(c, other, aFixed, bFixed)
+			default:
+				w.pair(other, c, aFixed, bFixed)
+			}
+		}
+	}
+	if v.any >= 0 {
+		for c := u.first; c >= 0; c = w.nodes[c].next {
+			w.pair(c, v.any, true, bFixed)
+		}
+	}
+	if u.any >= 0 {
+		for c := v.first; c >= 0; c = w.nodes[c].next {
+			w.pair(u.any, c, aFixed, true)
+		}
+		if v.any >= 0 {
+			w.pair(u.any, v.any, aFixed, bFixed)
+		}
+	}
+}
+
+func (w *pairs) clash(a, b int32) {
+	if a >= 0 && b >= 0 {
+		w.report(min(a, b), max(a, b))
+	}
+}
+
+// under is some rule of longer IDs than those that end at a node, or -1. Every
+// leaf is a rule, so the way down finds one.
+func (w *pairs) under(at int32) int32 {
+	for {
+		n := w.nodes[at]
+		switch {
+		case n.first >= 0:
+			at = n.first
+		case n.any >= 0:
+			at = n.any
+		default:
+			return -1
+		}
+		if n = w.nodes[at]; n.exact >= 0 {
+			return n.exact
+		} else if n.below >= 0 {
+			return n.below
+		}
+	}
 }

@@ -104,7 +104,7 @@ func (d *decoder) join(ctx context.Context, r *Rules) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, joinTime)
 	defer cancel()
-	return clashes(ctx, r.rules, func(a, b int) {
+	return r.index.clashes(ctx, func(a, b int32) {
 		d.add(r.rules[b].text, r.rules[b].at, "some IDs are in this rule and in the one at %s, and neither has all of the other's: nobody could say which counts", r.rules[a].where())
 	})
 }

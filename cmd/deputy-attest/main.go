@@ -23,21 +23,17 @@ plugin_cmd it is; by hand it does nothing but print its version.
 `
 
 func main() {
+	plugin := attest.New(decode)
+	server := workloadattestorv1.WorkloadAttestorPluginServer(plugin)
 	switch args := os.Args[1:]; {
-	case len(args) == 0:
+	case len(args) == 0 && os.Getenv(server.Type()) == server.Type(): // so says the agent
+		pluginmain.Serve(server, configv1.ConfigServiceServer(plugin))
 	case len(args) == 1 && (args[0] == "--version" || args[0] == "-version" || args[0] == "version"):
 		fmt.Println("deputy-attest", version)
-		return
 	case len(args) == 1 && (args[0] == "--help" || args[0] == "-h" || args[0] == "help"):
 		fmt.Print(usage)
-		return
 	default:
 		fmt.Fprint(os.Stderr, usage)
 		os.Exit(2)
 	}
-	plugin := attest.New(decode)
-	pluginmain.Serve(
-		workloadattestorv1.WorkloadAttestorPluginServer(plugin),
-		configv1.ConfigServiceServer(plugin),
-	)
 }

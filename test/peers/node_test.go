@@ -13,9 +13,9 @@ import (
 	"time"
 )
 
-// node makes a directory with Node's gRPC client and the Workload API's
+// nodeModules makes a directory with Node's gRPC client and the Workload API's
 // contract, once for this machine.
-var node = sync.OnceValues(func() (string, error) {
+var nodeModules = sync.OnceValues(func() (string, error) {
 	packages := []string{"@grpc/grpc-js@1.14.7", "@grpc/proto-loader@0.8.1"}
 	dir := cached("node-" + strings.NewReplacer("@", "", "/", "-").Replace(strings.Join(packages, "-")))
 	if _, err := os.Stat(filepath.Join(dir, "workload.proto")); err == nil {
@@ -40,7 +40,7 @@ var node = sync.OnceValues(func() (string, error) {
 
 // The README's lines, under deputy exec with a name and without.
 func TestNodeAgentOfTheReadme(t *testing.T) {
-	dir, err := node()
+	dir, err := nodeModules()
 	if err != nil {
 		t.Fatal(err)
 	}

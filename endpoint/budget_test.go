@@ -2,7 +2,9 @@ package endpoint
 
 import (
 	"context"
+	"fmt"
 	"net"
+	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -50,6 +52,21 @@ func TestConnectionsOverTheBudgetAreRefusedWithTheReason(t *testing.T) {
 	if !strings.Contains(err.Error(), "over budget") {
 		t.Errorf("got %v, want the reason", err)
 	}
+}
+
+// Nobody but the log says that somebody tried to be another.
+func TestConnectionThatFailsTheChallengeIsLogged(t *testing.T) {
+	w := start(t)
+	c, err := net.Dial("unix", w.socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if _, err := c.Write([]byte("GET / HTTP/1.1\r\n\r\n")); err != nil {
+		t.Fatal(err)
+	}
+	line := fmt.Sprintf("[INFO]  workload denied: method=connect pid=%d uid=%d reason=", os.Getpid(), os.Geteuid())
+	eventually(t, "the log has a line", func() bool { return strings.Contains(w.log.String(), line) })
 }
 
 func TestAdministratorsComeInWhateverTheBudget(t *testing.T) {

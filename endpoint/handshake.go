@@ -79,7 +79,7 @@ func (h *handshaker) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthIn
 	l.session = h.s.join(l)
 	if err := h.greet(l); err != nil {
 		l.leave()
-		h.s.Log.Debug("connection refused", "pid", c.Process().PID(), "uid", uid, "reason", err)
+		h.s.logDenial(l, "connect", err)
 		// The peer is told why, and the Conn closes when it has read that: gRPC
 		// must not close it before.
 		return nil, nil, credentials.ErrConnDispatched

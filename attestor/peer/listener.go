@@ -12,6 +12,7 @@ import (
 
 	"github.com/hashicorp/go-hclog"
 	"golang.org/x/sys/unix"
+	"golang.org/x/time/rate"
 )
 
 // maxPath is what sockaddr_un has room for, the closing zero taken off.
@@ -23,6 +24,7 @@ type Listener struct {
 	table    *Table
 	admit    func(uid uint32) (release func(), err error)
 	log      hclog.Logger
+	loud     *rate.Limiter // of lines about refused peers
 	path     string
 	file     FileID // the socket file
 	partings partings
@@ -71,6 +73,7 @@ func Listen(path string, table *Table, o Options) (*Listener, error) {
 		table:    table,
 		admit:    o.Admit,
 		log:      o.Log,
+		loud:     rate.NewLimiter(1, 10),
 		path:     path,
 		file:     file,
 		partings: make(partings, maxPartings),
@@ -223,10 +226,25 @@ func (l *Listener) receive(socket *net.UnixConn) *Conn {
 	if err == nil {
 		return c
 	}
-	l.log.Debug("connection refused", "error", err)
+	l.logRefusal(socket, err)
 	hello := appendHeader(make([]byte, 0, headerLen+maxGoAwaySize), frameHeader{typ: frameSettings})
 	l.partings.see(socket, appendGoAway(hello, code, err.Error()), func() { socket.Close() })
 	return nil
+}
+
+// logRefusal writes one line, rarely enough that a client that tries in a loop
+// does not fill the log.
+func (l *Listener) logRefusal(socket *net.UnixConn, reason error) {
+	if !l.loud.Allow() {
+		return
+	}
+	var pid, uid any = "unknown", "unknown"
+	if raw, err := socket.SyscallConn(); err == nil {
+		if cred, err := peerCred(raw); err == nil {
+			pid, uid = cred.Pid, cred.Uid
+		}
+	}
+	l.log.Info("connection refused", "pid", pid, "uid", uid, "reason", reason)
 }
 
 // pin finds out who is at the other end. The code is for the GOAWAY.

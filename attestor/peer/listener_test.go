@@ -1,7 +1,9 @@
 package peer
 
 import (
+	"bytes"
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"path/filepath"
@@ -10,6 +12,7 @@ import (
 	"sync/atomic"
 	"testing"
 
+	"github.com/hashicorp/go-hclog"
 	"golang.org/x/net/http2"
 	"golang.org/x/sys/unix"
 )
@@ -142,6 +145,26 @@ func TestAcceptedSocketsPassCredentials(t *testing.T) {
 	c.raw.Control(func(fd uintptr) { on, err = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_PASSCRED) })
 	if on != 1 || err != nil {
 		t.Errorf("SO_PASSCRED: got %d, %v, want 1", on, err)
+	}
+}
+
+// Whoever is refused tries again and again; the log keeps room for others.
+func TestRefusalsAreLoggedAndNotEachTime(t *testing.T) {
+	var log bytes.Buffer
+	l := listen(t, openTable(t, features{}), Options{Mode: 0o666, Group: -1,
+		Admit: func(uint32) (func(), error) { return nil, errFull },
+		Log:   hclog.New(&hclog.LoggerOptions{Output: &log, Level: hclog.Info}),
+	})
+	done := make(chan struct{})
+	go func() { defer close(done); l.Accept() }()
+	for range 50 {
+		answer(dial(t, l))
+	}
+	l.Close()
+	<-done
+	line := fmt.Sprintf("connection refused: pid=%d uid=%d reason=%q", os.Getpid(), os.Geteuid(), errFull)
+	if n := strings.Count(log.String(), line); n < 1 || n > 20 {
+		t.Errorf("got %d lines for 50 refusals, want a few:\n%.500s", n, &log)
 	}
 }
 

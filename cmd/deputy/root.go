@@ -35,6 +35,7 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 3 no identity or not permitted,
 		newRun(), newConf(&out), newEntry(&out), newBundle(&out), newAttest(&out),
 		newFetch(&out), newValidate(&out), newWatch(&out), newHealth(&out), newExec(), newVersion(&out),
 	)
+	completion(root)
 	markUsage(root)
 	return root
 }
@@ -56,20 +57,32 @@ func markUsage(cmd *cobra.Command) {
 
 // newGroup is a command that only holds others.
 func newGroup(use, short string, commands ...*cobra.Command) *cobra.Command {
+	group := &cobra.Command{Use: use, Short: short, RunE: needsOneOf(commands)}
+	group.AddCommand(commands...)
+	return group
+}
+
+// needsOneOf is what a command that only holds others says by itself.
+func needsOneOf(commands []*cobra.Command) func(*cobra.Command, []string) error {
 	var names []string
 	for _, c := range commands {
 		names = append(names, c.Name())
 	}
-	group := &cobra.Command{
-		Use:   use,
-		Short: short,
-		RunE: func(cmd *cobra.Command, args []string) error {
-			if len(args) > 0 {
-				return usage(fmt.Errorf("%s has no command %q; it has %s", cmd.CommandPath(), args[0], strings.Join(names, ", ")))
-			}
-			return usage(fmt.Errorf("%s needs one of %s", cmd.CommandPath(), strings.Join(names, ", ")))
-		},
+	return func(cmd *cobra.Command, args []string) error {
+		if len(args) > 0 {
+			return usage(fmt.Errorf("%s has no command %q; it has %s", cmd.CommandPath(), args[0], strings.Join(names, ", ")))
+		}
+		return usage(fmt.Errorf("%s needs one of %s", cmd.CommandPath(), strings.Join(names, ", ")))
 	}
-	group.AddCommand(commands...)
-	return group
+}
+
+// completion makes cobra's command for shells one of ours: by itself it would
+// answer a shell that it does not know with its help, and status 0.
+func completion(root *cobra.Command) {
+	root.InitDefaultCompletionCmd()
+	for _, cmd := range root.Commands() {
+		if cmd.Name() == "completion" {
+			cmd.Args, cmd.RunE = nil, needsOneOf(cmd.Commands())
+		}
+	}
 }

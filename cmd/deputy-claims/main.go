@@ -73,7 +73,10 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		flags := flag.NewFlagSet("check", flag.ContinueOnError)
 		flags.SetOutput(io.Discard)
 		domain := flags.String("trust-domain", "", "")
-		if err := flags.Parse(args); err != nil {
+		if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
+			fmt.Fprint(stdout, help)
+			return statusDone
+		} else if err != nil {
 			return wrong("%s", err)
 		}
 		var td spiffeid.TrustDomain
@@ -144,8 +147,10 @@ func show(ctx context.Context, file string, id spiffeid.ID, stdout, stderr io.Wr
 	}
 	certificate, err := rules.Certificate(id, now)
 	switch {
+	case err != nil && rules.OmitOnError():
+		fmt.Fprintf(stderr, "the certificate goes without its additions: %s\n", plain(err.Error()))
 	case err != nil:
-		fmt.Fprintf(stderr, "the certificate: %s\n", plain(err.Error()))
+		fmt.Fprintf(stderr, "no certificate is signed: %s\n", plain(err.Error()))
 	case certificate != nil:
 		minted["x509"] = certificate
 	}

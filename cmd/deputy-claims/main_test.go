@@ -50,6 +50,7 @@ func TestCommands(t *testing.T) {
 		"check for a domain":      {[]string{"check", "--trust-domain", "example.org", one}, 0, one + ": ok, 2 rules\n", ""},
 		"check for another":       {[]string{"check", "--trust-domain", "other.org", one}, 1, "", one + ":2:6: the pattern is of the trust domain example.org, and this is other.org\n"},
 		"check for none":          {[]string{"check", "--trust-domain", "A B", one}, 2, "", "deputy-claims: --trust-domain: trust domain characters are limited to lowercase letters, numbers, dots, dashes, and underscores\n"},
+		"check's help":            {[]string{"check", "--help"}, 0, help, ""},
 		"check nothing":           {[]string{"check"}, 2, "", "deputy-claims: check takes one file\n"},
 		"check what is wrong":     {[]string{"check", bad}, 1, "", bad + ":1:6: pattern \"/a/..\": segment \"..\": path cannot contain dot segments\n" + bad + ":2:1: unknown key \"owner\" in the rules; there are claim_name, on_error, rules_file and unmapped\n"},
 		"check what is not there": {[]string{"check", missing}, 1, "", "deputy-claims: open " + missing + ": no such file or directory\n"},
@@ -61,7 +62,7 @@ func TestCommands(t *testing.T) {
 		"show what is not signed":   {[]string{"show", self, "spiffe://example.org/a"}, 3, "", "no token is signed: claims of spiffe://example.org/a by the rule at " + self + ":1: chain: spiffe://example.org/a would act for itself\n"},
 		"show what is denied":       {[]string{"show", deny, "spiffe://example.org/a"}, 3, "", "deputy-claims: no rule in force for spiffe://example.org/a: the rules deny a token\n"},
 		"show what is wrong":        {[]string{"show", bad, "spiffe://example.org/a"}, 1, "", ""},
-		"show a certificate's flaw": {[]string{"show", good, "spiffe://example.org/agent/X"}, 0, `{"delegation":{"v":1,"depth":1,"act":{"sub":"spiffe://example.org/agent/X"},"owner":"<X>"}}`, ""},
+		"show a certificate's flaw": {[]string{"show", good, "spiffe://example.org/agent/X"}, 0, `{"delegation":{"v":1,"depth":1,"act":{"sub":"spiffe://example.org/agent/X"},"owner":"<X>"}}`, "no certificate is signed: certificate of spiffe://example.org/agent/X by the rule at " + good + ":1: DNS name \"X.example\" is not one\n"},
 		"show what is no ID":        {[]string{"show", good, "example.org/x"}, 2, "", "deputy-claims: \"example.org/x\": scheme is missing or invalid\n"},
 		"show too little":           {[]string{"show", good}, 2, "", "deputy-claims: show takes a file and a SPIFFE ID\n"},
 	} {

@@ -43,6 +43,26 @@ func TestLargeTexts(t *testing.T) {
 	}
 }
 
+// What a text of many small parts takes of memory is bounded: a plugin that runs
+// out of it ends, and the server signs no more.
+func TestManyParts(t *testing.T) {
+	fill := func(s string) string { return strings.Repeat(s, maxParts+1) }
+	for name, text := range map[string]string{
+		"keys":   fill("a=1\n"),
+		"values": "rule \"/a\" {\nscopes=[" + fill("1,") + "]\n}\n",
+		"lists":  "rule \"/a\" {\nscopes=[" + fill("[],") + "]\n}\n",
+		"labels": "rule " + fill(`""`) + " {}\n",
+		"blocks": strings.Repeat("a {}\n", maxParts/blockParts+1),
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, err := Load(t.Context(), Source{Name: "x", Text: text}, domain)
+			if want := "too many rules and values"; err == nil || !strings.Contains(err.Error(), want) {
+				t.Errorf("got %.200v, want %q", err, want)
+			}
+		})
+	}
+}
+
 // Rules of very many shapes that have nothing in common load like others.
 func TestRulesOfManyShapes(t *testing.T) {
 	r := rand.New(rand.NewPCG(1, 2))

@@ -6,8 +6,17 @@ import (
 	"unicode/utf8"
 )
 
-// maxNesting is how deep blocks and lists may be in one another.
-const maxNesting = 8
+const (
+	// maxNesting is how deep blocks and lists may be in one another.
+	maxNesting = 8
+	// maxParts is how many names, keys and values a text may have. A part takes
+	// far more memory than its bytes, and a file of another kind that used up all
+	// of it would end the plugin. It is enough for a hundred thousand rules with
+	// forty parts each.
+	maxParts = 1 << 22
+	// blockParts is what a block counts for, with the room for what is in it.
+	blockParts = 8
+)
 
 // A Source is the text of rules, with the place in its file at which it begins.
 type Source struct {
@@ -89,6 +98,7 @@ type parser struct {
 	src   string
 	at    pos
 	depth int
+	parts int
 	found findings
 }
 
@@ -117,6 +127,14 @@ func parse(t *text) (body, error) {
 func (p *parser) fail(at pos, format string, args ...any) bool {
 	p.found.add(p.text, at, format, args...)
 	return false
+}
+
+// count wants room for more parts.
+func (p *parser) count(parts int) bool {
+	if p.parts += parts; p.parts > maxParts {
+		return p.fail(p.at, "there are too many rules and values: %d by here, and a block counts for %d", maxParts, blockParts)
+	}
+	return true
 }
 
 func (p *parser) peek() byte {
@@ -250,9 +268,12 @@ func (p *parser) ends(single bool) bool {
 
 func (p *parser) block(name string, at pos) (b block, ok bool) {
 	b.name, b.at = name, at
+	if !p.count(blockParts) {
+		return b, false
+	}
 	for p.peek() == '"' {
 		label := word{at: p.at}
-		if label.text, ok = p.quoted(); !ok {
+		if label.text, ok = p.quoted(); !ok || !p.count(1) {
 			return b, false
 		}
 		b.labels = append(b.labels, label)
@@ -301,6 +322,9 @@ func (p *parser) here() string {
 
 func (p *parser) value(of string) (v value, ok bool) {
 	v.at = p.at
+	if !p.count(1) {
+		return v, false
+	}
 	switch c := p.peek(); {
 	case c == '"':
 		v.text, ok = p.quoted()

@@ -4,9 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"strings"
 	"testing"
 
+	"github.com/hashicorp/go-hclog"
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
@@ -200,6 +202,30 @@ func TestDenialIsOneLineAndNotEachTime(t *testing.T) {
 	for _, want := range []string{"pid=", "uid=", `reason="no identity issued"`} {
 		if !strings.Contains(log, want) {
 			t.Errorf("got log %q, want %s in it", log, want)
+		}
+	}
+}
+
+func TestEachCallIsALineAtDebugAlone(t *testing.T) {
+	w := start(t)
+	w.entry("/a", nil, mine)
+	api := w.workloadAPI()
+	ask := func() {
+		recv(t, x509Stream(t, api), "/a")
+		if _, err := api.FetchJWTSVID(call(t), &workload.JWTSVIDRequest{Audience: []string{"db"}}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ask()
+	if log := w.log.String(); strings.Contains(log, "calls") {
+		t.Errorf("got log %q at info, want no line of a call", log)
+	}
+	w.Log.SetLevel(hclog.Debug)
+	ask()
+	for _, method := range []string{"FetchX509SVID", "FetchJWTSVID"} {
+		line := fmt.Sprintf("workload calls: method=/SpiffeWorkloadAPI/%s pid=%d", method, os.Getpid())
+		if log := w.log.String(); strings.Count(log, line) != 1 {
+			t.Errorf("got log %q, want one line %q", log, line)
 		}
 	}
 }

@@ -132,11 +132,19 @@ func (s *Server) logDenial(l *link, method string, err error) {
 	s.Log.Info("workload denied", args...)
 }
 
-func (s *Server) countStream(srv any, st grpc.ServerStream, _ *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+// logCall is for who looks for what a client does, or whether it comes at all.
+func (s *Server) logCall(l *link, method string) {
+	if s.Log.IsDebug() {
+		s.Log.Debug("workload calls", "method", method, "pid", l.Process().PID(), "uid", l.uid)
+	}
+}
+
+func (s *Server) countStream(srv any, st grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
 	l := linkOf(st.Context())
 	if l == nil {
 		return workloadStatus(errForeign)
 	}
+	s.logCall(l, info.FullMethod)
 	a := l.seat.account()
 	if err := s.budget.stream(a); err != nil {
 		return s.answer(l, "stream", err)
@@ -145,11 +153,12 @@ func (s *Server) countStream(srv any, st grpc.ServerStream, _ *grpc.StreamServer
 	return handler(srv, st)
 }
 
-func (s *Server) countUnary(ctx context.Context, in any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+func (s *Server) countUnary(ctx context.Context, in any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
 	l := linkOf(ctx)
 	if l == nil {
 		return nil, workloadStatus(errForeign)
 	}
+	s.logCall(l, info.FullMethod)
 	a := l.seat.account()
 	if err := s.budget.stream(a); err != nil {
 		return nil, s.answer(l, "call", err)

@@ -8,7 +8,7 @@ trust_domain = "example.org"
 # may read it. Two daemons never share one.
 data_dir = "/var/lib/deputy"
 
-# "debug" adds a line for each request; "trace" is for bug reports.
+# "debug" adds a line for each request. Changes at a reload.
 log_level = "info"
 
 # "json" where a collector reads the log.

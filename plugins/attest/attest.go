@@ -18,6 +18,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"time"
@@ -93,12 +94,7 @@ func (p *Plugin) AttestReference(ctx context.Context, req *workloadattestorv1.At
 }
 
 func (p *Plugin) attest(ctx context.Context, pid int32) (values []string, err error) {
-	defer func() {
-		if r := recover(); r != nil { // a crash would take every selector from every workload
-			p.log.Error("attestation panicked", "pid", pid, "panic", r)
-			values, err = nil, status.Error(codes.Internal, "attestation panicked")
-		}
-	}()
+	defer p.survive(&err)
 	if pid <= 0 {
 		// 0 is what the kernel says of a process outside our PID namespace.
 		return nil, status.Errorf(codes.InvalidArgument, "%d is no PID: the agent and this plugin must run in the host's PID namespace", pid)
@@ -165,6 +161,15 @@ func (p *Plugin) use() (*sources, func(), error) {
 	}
 	p.current.users.Add(1)
 	return p.current, p.current.users.Done, nil
+}
+
+// survive turns a panic into an error: a crash would take every selector from
+// every workload.
+func (p *Plugin) survive(err *error) {
+	if r := recover(); r != nil {
+		p.log.Error("bug in the plugin", "panic", fmt.Sprint(r), "stack", string(debug.Stack()))
+		*err = status.Error(codes.Internal, "bug in the plugin, see its log")
+	}
 }
 
 // failed is the error of an attestation that gave nothing.

@@ -415,3 +415,24 @@ func TestGivenTypesAreKnown(t *testing.T) {
 		}
 	}
 }
+
+// A panic is one call's error: a plugin that ended would take every selector
+// from every workload.
+func TestAPanicIsAnError(t *testing.T) {
+	c := serve(t, New(func(text string) (Settings, error) { panic(text) }))
+	calls := map[string]func() error{
+		"Configure": func() error {
+			_, err := c.Configure(t.Context(), &configv1.ConfigureRequest{HclConfiguration: "x"})
+			return err
+		},
+		"Validate": func() error {
+			_, err := c.Validate(t.Context(), &configv1.ValidateRequest{HclConfiguration: "x"})
+			return err
+		},
+	}
+	for name, call := range calls {
+		if got := status.Code(call()); got != codes.Internal {
+			t.Errorf("%s: got %s, want %s", name, got, codes.Internal)
+		}
+	}
+}

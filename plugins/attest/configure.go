@@ -14,7 +14,8 @@ import (
 // Configure implements SPIRE's Config service. It may be called again, and
 // while attestations are under way: those finish under what they began with. A
 // configuration with an error in it changes nothing.
-func (p *Plugin) Configure(_ context.Context, req *configv1.ConfigureRequest) (*configv1.ConfigureResponse, error) {
+func (p *Plugin) Configure(_ context.Context, req *configv1.ConfigureRequest) (_ *configv1.ConfigureResponse, err error) {
+	defer p.survive(&err)
 	settings, err := p.check(req.GetHclConfiguration())
 	if err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
@@ -40,7 +41,8 @@ func (p *Plugin) Configure(_ context.Context, req *configv1.ConfigureRequest) (*
 }
 
 // Validate implements SPIRE's Config service: it says what Configure would.
-func (p *Plugin) Validate(_ context.Context, req *configv1.ValidateRequest) (*configv1.ValidateResponse, error) {
+func (p *Plugin) Validate(_ context.Context, req *configv1.ValidateRequest) (_ *configv1.ValidateResponse, err error) {
+	defer p.survive(&err)
 	if _, err := p.check(req.GetHclConfiguration()); err != nil {
 		return &configv1.ValidateResponse{Notes: strings.Split(err.Error(), "\n")}, nil
 	}

@@ -46,18 +46,18 @@ func TestLargeTexts(t *testing.T) {
 // What a text of many small parts takes of memory is bounded: a plugin that runs
 // out of it ends, and the server signs no more.
 func TestManyParts(t *testing.T) {
-	fill := func(s string) string { return strings.Repeat(s, maxParts+1) }
-	for name, text := range map[string]string{
-		"keys":   fill("a=1\n"),
-		"values": "rule \"/a\" {\nscopes=[" + fill("1,") + "]\n}\n",
-		"lists":  "rule \"/a\" {\nscopes=[" + fill("[],") + "]\n}\n",
-		"labels": "rule " + fill(`""`) + " {}\n",
-		"blocks": strings.Repeat("a {}\n", maxParts/blockParts+1),
+	many := strings.Repeat(`"",`, maxInOne)
+	for name, c := range map[string]struct{ text, want string }{
+		"keys":   {strings.Repeat("a=1\n", maxInOne+1), "more than 1024 keys"},
+		"values": {"rule \"/a\" {\nscopes=[" + many + "1]\n}\n", "more than 1024 values"},
+		"lists":  {strings.Repeat("rule \"/a\" {\nscopes=["+many+"]\n}\n", maxParts/maxInOne), "too many rules and values"},
+		"labels": {"rule " + strings.Repeat(`""`, maxParts) + " {}\n", "too many rules and values"},
+		"blocks": {strings.Repeat("a {}\n", maxParts/blockParts+1), "too many rules and values"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			_, err := Load(t.Context(), Source{Name: "x", Text: text}, domain)
-			if want := "too many rules and values"; err == nil || !strings.Contains(err.Error(), want) {
-				t.Errorf("got %.200v, want %q", err, want)
+			_, err := Load(t.Context(), Source{Name: "x", Text: c.text}, domain)
+			if err == nil || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("got %.200v, want %q", err, c.want)
 			}
 		})
 	}

@@ -12,8 +12,11 @@ const (
 	// maxParts is how many names, keys and values a text may have. A part takes
 	// far more memory than its bytes, and a file of another kind that used up all
 	// of it would end the plugin. It is enough for a hundred thousand rules with
-	// forty parts each.
-	maxParts = 1 << 22
+	// eighty parts each.
+	maxParts = 1 << 23
+	// maxInOne is how many of them one block or list may have. What is right has
+	// fewer by far; the decoder says by how many.
+	maxInOne = 1 << 10
 	// blockParts is what a block counts for, with the room for what is in it.
 	blockParts = 8
 )
@@ -230,6 +233,9 @@ func (p *parser) body(inBlock bool) (b body, ok bool) {
 			}
 			var v value
 			if v, ok = p.value(name); ok {
+				if len(b.attributes) == maxInOne {
+					return b, p.fail(at, "there are more than %d keys in one place", maxInOne)
+				}
 				if b.attributes == nil && !single {
 					b.attributes = make([]attribute, 0, 8)
 				}
@@ -374,6 +380,9 @@ func (p *parser) list(v value, of string) (value, bool) {
 		one, ok := p.value(of)
 		if !ok {
 			return v, false
+		}
+		if len(v.list) == maxInOne {
+			return v, p.fail(one.at, "the list has more than %d values", maxInOne)
 		}
 		v.list = append(v.list, one)
 		if _, ok := p.space(true); !ok {

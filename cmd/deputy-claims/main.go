@@ -115,6 +115,9 @@ func check(ctx context.Context, file string, td spiffeid.TrustDomain, stdout, st
 	if err != nil {
 		return failed(stderr, err)
 	}
+	if w := rules.Warning(); w != "" {
+		fmt.Fprintf(stderr, "warning: %s\n", plain(w))
+	}
 	noun := "rules"
 	if rules.Len() == 1 {
 		noun = "rule"

@@ -35,25 +35,30 @@ func TestCommands(t *testing.T) {
 	bad := write(t, "rule \"/a/..\" {}\nowner = 1\n")
 	deny := write(t, "unmapped = \"deny\"\n")
 	self := write(t, "rule \"/{x}\" {\n  chain = [\"/a\"]\n}\n")
+	open := write(t, "rule \"/a\" {}\n")
+	if err := os.Chmod(open, 0o666); err != nil {
+		t.Fatal(err)
+	}
 	missing := filepath.Join(t.TempDir(), "missing")
 	for name, tc := range map[string]struct {
 		args           []string
 		status         int
 		stdout, stderr string
 	}{
-		"no arguments":            {nil, 2, "", help},
-		"help":                    {[]string{"help"}, 0, help, ""},
-		"version":                 {[]string{"--version"}, 0, "deputy-claims unknown\n", ""},
-		"an unknown command":      {[]string{"mint"}, 2, "", "deputy-claims: there is no command \"mint\"; there are check, show and version\n"},
-		"check":                   {[]string{"check", good}, 0, good + ": ok, 1 rule\n", ""},
-		"check many":              {[]string{"check", one}, 0, one + ": ok, 2 rules\n", ""},
-		"check for a domain":      {[]string{"check", "--trust-domain", "example.org", one}, 0, one + ": ok, 2 rules\n", ""},
-		"check for another":       {[]string{"check", "--trust-domain", "other.org", one}, 1, "", one + ":2:6: the pattern is of the trust domain example.org, and this is other.org\n"},
-		"check for none":          {[]string{"check", "--trust-domain", "A B", one}, 2, "", "deputy-claims: --trust-domain: trust domain characters are limited to lowercase letters, numbers, dots, dashes, and underscores\n"},
-		"check's help":            {[]string{"check", "--help"}, 0, help, ""},
-		"check nothing":           {[]string{"check"}, 2, "", "deputy-claims: check takes one file\n"},
-		"check what is wrong":     {[]string{"check", bad}, 1, "", bad + ":1:6: pattern \"/a/..\": segment \"..\": path cannot contain dot segments\n" + bad + ":2:1: unknown key \"owner\" in the rules; there are claim_name, on_error, rules_file and unmapped\n"},
-		"check what is not there": {[]string{"check", missing}, 1, "", "deputy-claims: open " + missing + ": no such file or directory\n"},
+		"no arguments":                {nil, 2, "", help},
+		"help":                        {[]string{"help"}, 0, help, ""},
+		"version":                     {[]string{"--version"}, 0, "deputy-claims unknown\n", ""},
+		"an unknown command":          {[]string{"mint"}, 2, "", "deputy-claims: there is no command \"mint\"; there are check, show and version\n"},
+		"check":                       {[]string{"check", good}, 0, good + ": ok, 1 rule\n", ""},
+		"check many":                  {[]string{"check", one}, 0, one + ": ok, 2 rules\n", ""},
+		"check what others may write": {[]string{"check", open}, 0, open + ": ok, 1 rule\n", "warning: " + open + " may be written by others than its owner (mode 0666), who could give any agent any claim\n"},
+		"check for a domain":          {[]string{"check", "--trust-domain", "example.org", one}, 0, one + ": ok, 2 rules\n", ""},
+		"check for another":           {[]string{"check", "--trust-domain", "other.org", one}, 1, "", one + ":2:6: the pattern is of the trust domain example.org, and this is other.org\n"},
+		"check for none":              {[]string{"check", "--trust-domain", "A B", one}, 2, "", "deputy-claims: --trust-domain: trust domain characters are limited to lowercase letters, numbers, dots, dashes, and underscores\n"},
+		"check's help":                {[]string{"check", "--help"}, 0, help, ""},
+		"check nothing":               {[]string{"check"}, 2, "", "deputy-claims: check takes one file\n"},
+		"check what is wrong":         {[]string{"check", bad}, 1, "", bad + ":1:6: pattern \"/a/..\": segment \"..\": path cannot contain dot segments\n" + bad + ":2:1: unknown key \"owner\" in the rules; there are claim_name, on_error, rules_file and unmapped\n"},
+		"check what is not there":     {[]string{"check", missing}, 1, "", "deputy-claims: open " + missing + ": no such file or directory\n"},
 		"show": {[]string{"show", good, "spiffe://example.org/agent/x"}, 0,
 			`{"delegation":{"v":1,"depth":1,"act":{"sub":"spiffe://example.org/agent/x"},"owner":"<x>"},"x509":{"dns_names":["x.example"]}}`, ""},
 		"show without a rule":       {[]string{"show", good, "spiffe://example.org/x"}, 0, "{}", "no rule in force for spiffe://example.org/x: its token has no claim of ours\n"},

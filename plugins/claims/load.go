@@ -37,6 +37,7 @@ func Load(ctx context.Context, src Source, td spiffeid.TrustDomain) (*Rules, err
 	d := &decoder{trustDomain: td, known: !td.IsZero()}
 	s := d.decode(&text{src}, false)
 	o := origin{source: src, path: s.rulesFile.value}
+	warning := ""
 	if o.path != "" {
 		content, stamp, err := readFile(ctx, o.path)
 		if err != nil {
@@ -44,6 +45,7 @@ func Load(ctx context.Context, src Source, td spiffeid.TrustDomain) (*Rules, err
 			return nil, d.err()
 		}
 		o.stamp = stamp
+		warning = stamp.warning(o.path)
 		more := d.decode(&text{Source{Name: o.path, Text: content}}, true)
 		for _, k := range []struct {
 			name       string
@@ -70,6 +72,7 @@ func Load(ctx context.Context, src Source, td spiffeid.TrustDomain) (*Rules, err
 		trustDomain: d.trustDomain,
 		rules:       s.rules,
 		origin:      o,
+		warning:     warning,
 	}
 	if s.claimName.value != "" {
 		r.name = s.claimName.value
@@ -86,11 +89,18 @@ func Load(ctx context.Context, src Source, td spiffeid.TrustDomain) (*Rules, err
 
 // LoadFile is Load of a whole file.
 func LoadFile(ctx context.Context, path string, td spiffeid.TrustDomain) (*Rules, error) {
-	content, _, err := readFile(ctx, path)
+	content, stamp, err := readFile(ctx, path)
 	if err != nil {
 		return nil, err
 	}
-	return Load(ctx, Source{Name: path, Text: content}, td)
+	r, err := Load(ctx, Source{Name: path, Text: content}, td)
+	if err != nil {
+		return nil, err
+	}
+	if r.warning == "" {
+		r.warning = stamp.warning(path)
+	}
+	return r, nil
 }
 
 // join makes the index, and refuses rules of which nobody could say which
@@ -114,14 +124,24 @@ type stamp struct {
 	dev, ino    uint64
 	size        int64
 	mtim, ctime syscall.Timespec
+	mode        fs.FileMode
+}
+
+// warning says what is doubtful about the file. Its mode alone keeps nothing
+// from use, as in the daemon: how a file comes to a server is its operator's.
+func (s stamp) warning(path string) string {
+	if s.mode.Perm()&0o022 == 0 {
+		return ""
+	}
+	return fmt.Sprintf("%s may be written by others than its owner (mode %04o), who could give any agent any claim", path, s.mode.Perm())
 }
 
 func stampOf(info fs.FileInfo) stamp {
 	s, ok := info.Sys().(*syscall.Stat_t)
 	if !ok {
-		return stamp{size: info.Size()}
+		return stamp{size: info.Size(), mode: info.Mode()}
 	}
-	return stamp{uint64(s.Dev), s.Ino, s.Size, s.Mtim, s.Ctim} //nolint:unconvert // Dev is 32 bits elsewhere
+	return stamp{uint64(s.Dev), s.Ino, s.Size, s.Mtim, s.Ctim, info.Mode()} //nolint:unconvert // Dev is 32 bits elsewhere
 }
 
 // readFile reads a file that does not change meanwhile, within a time: one that

@@ -46,7 +46,15 @@ func (b *Rulebook) Put(r *Rules) {
 	if now, _ := b.current.Load(); now.origin == r.origin && now.trustDomain == r.trustDomain {
 		return
 	}
+	b.store(r)
+}
+
+// store needs mu.
+func (b *Rulebook) store(r *Rules) {
 	b.current.Store(r)
+	if r.warning != "" {
+		b.log.Warn("rules are doubtful", "why", r.warning)
+	}
 }
 
 // Claims are the private claims of an ID's token, by name.
@@ -129,7 +137,7 @@ func (b *Rulebook) look(ctx context.Context, w *watcher) {
 	default:
 	}
 	b.reloads++
-	b.current.Store(next)
+	b.store(next)
 	b.log.Info("rules reloaded", "rules", next.Len(), "reloads", b.reloads)
 }
 

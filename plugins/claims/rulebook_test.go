@@ -113,6 +113,43 @@ func TestTheBookFollowsTheFile(t *testing.T) {
 	})
 }
 
+// Whoever may write the file gives out claims, so it is said at a start, and as
+// soon as its mode becomes so.
+func TestAFileThatOthersMayWriteIsDoubtful(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "rules.hcl")
+	if err := os.WriteFile(path, []byte("rule \"/a\" {}\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	source := Source{Name: "plugin_data", Text: "rules_file = \"" + path + "\"\n"}
+	var log bytes.Buffer
+	book := NewRulebook(hclog.New(&hclog.LoggerOptions{Output: &log}))
+	rules, err := Load(t.Context(), source, domain)
+	if err != nil {
+		t.Fatal(err)
+	}
+	book.Put(rules)
+	var w watcher
+	book.look(t.Context(), &w)
+	if log.Len() > 0 {
+		t.Errorf("got a log of a file that is nobody else's:\n%s", &log)
+	}
+	want := path + " may be written by others than its owner (mode 0662)"
+	if err := os.Chmod(path, 0o662); err != nil {
+		t.Fatal(err)
+	}
+	book.look(t.Context(), &w)
+	book.look(t.Context(), &w)
+	if !strings.Contains(log.String(), want) {
+		t.Errorf("got the log %q, want %q", &log, want)
+	}
+	if rules, err := Load(t.Context(), source, domain); err != nil || !strings.HasPrefix(rules.Warning(), want) {
+		t.Errorf("got %v, want rules with the warning %q", err, want)
+	}
+	if rules, err := LoadFile(t.Context(), path, domain); err != nil || !strings.HasPrefix(rules.Warning(), want) {
+		t.Errorf("got %v, want rules with the warning %q", err, want)
+	}
+}
+
 func TestRunLooksByItself(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "rules.hcl")
 	if err := os.WriteFile(path, []byte("rule \"/a\" {}\n"), 0o600); err != nil {

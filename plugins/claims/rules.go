@@ -37,6 +37,7 @@ type Rules struct {
 	rules       []rule
 	index       index
 	origin      origin
+	warning     string
 }
 
 // A rule is one rule block.
@@ -64,6 +65,10 @@ func (r *Rules) Len() int { return len(r.rules) }
 
 // ClaimName is the name of the claim.
 func (r *Rules) ClaimName() string { return r.name }
+
+// Warning is what is doubtful about the rules' file, though they may be used;
+// empty: nothing.
+func (r *Rules) Warning() string { return r.warning }
 
 // OmitOnError reports whether a token is to be signed without the claim when
 // Claims returns an error.

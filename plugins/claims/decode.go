@@ -113,7 +113,7 @@ func (d *decoder) decode(t *text, isFile bool) (s settings) {
 
 func checkClaimName(s string) error {
 	switch {
-	case registered[s]:
+	case registered[strings.ToLower(s)]: // to decoders that ignore case, as Go's does, it is the same
 		return fmt.Errorf("claim_name %q has a meaning of its own in a token; choose another", s)
 	case !claimName.MatchString(s):
 		return fmt.Errorf("claim_name %q is not a name of letters, digits, dots, hyphens and underscores", s)

@@ -176,6 +176,7 @@ func TestProblems(t *testing.T) {
 		"rules that overlap":                            {"rule \"/a/{x}\" {}\nrule \"/{y}/b\" {}", `2:1: some IDs are in this rule and in the one at rules.hcl:1, and neither has all of the other's: nobody could say which counts`},
 		"rules that overlap below":                      {"rule \"/{x}/b/*\" {}\nrule \"/a/*\" {}", `2:1: some IDs are in this rule and in the one at rules.hcl:1, and neither has all of the other's: nobody could say which counts`},
 		"a name that SPIRE sets":                        {`claim_name = "sub"`, `1:14: claim_name "sub" has a meaning of its own in a token; choose another`},
+		"one in capitals":                               {`claim_name = "Act"`, `1:14: claim_name "Act" has a meaning of its own in a token; choose another`},
 		"a top-level act":                               {`claim_name = "act"`, `1:14: claim_name "act" has a meaning of its own in a token; choose another`},
 		"a name with a slash":                           {`claim_name = "https://x"`, `1:14: claim_name "https://x" is not a name of letters, digits, dots, hyphens and underscores`},
 		"another word":                                  {`unmapped = "refuse"`, `1:12: "refuse" is neither omit nor deny`},

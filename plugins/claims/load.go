@@ -42,7 +42,7 @@ func Load(ctx context.Context, src Source, td spiffeid.TrustDomain) (*Rules, err
 		content, stamp, err := readFile(ctx, o.path)
 		if err != nil {
 			d.add(s.rulesFile.text, s.rulesFile.at, "%s", err)
-			return nil, d.err()
+			return nil, errUnread{d.err().(Problems)} // there is one at least
 		}
 		o.stamp = stamp
 		warning = stamp.warning(o.path)
@@ -193,11 +193,12 @@ func readNow(path string) (content string, s stamp, err error) {
 		return "", s, err
 	}
 	if s = stampOf(after); s != stampOf(before) || int64(len(b)) != s.size {
-		return "", s, errBeingWritten{path}
+		return "", s, fmt.Errorf("read %s: it is being written", path)
 	}
 	return string(b), s, nil
 }
 
-type errBeingWritten struct{ path string }
+// errUnread is of rules whose file could not be read: it may be right.
+type errUnread struct{ Problems }
 
-func (e errBeingWritten) Error() string { return "read " + e.path + ": it is being written" }
+func (e errUnread) Unwrap() error { return e.Problems }

@@ -93,7 +93,8 @@ func (b *Rulebook) Run(ctx context.Context) error {
 type watcher struct {
 	path    string
 	seen    stamp // at the last look
-	refused stamp // was read in vain
+	refused stamp // was read, and is wrong
+	said    stamp // whose failure was logged
 	lost    bool  // and it was said
 }
 
@@ -122,11 +123,17 @@ func (b *Rulebook) look(ctx context.Context, w *watcher) {
 	}
 	next, err := Load(ctx, o.source, rules.trustDomain)
 	if err != nil {
-		var writing errBeingWritten
-		if !errors.As(err, &writing) {
+		// What is wrong stays wrong. What could not be read, or not in time, may
+		// be another time.
+		var problems Problems
+		var unread errUnread
+		if errors.As(err, &problems) && !errors.As(err, &unread) {
 			w.refused = now
 		}
-		b.failed(err)
+		if w.said != now {
+			w.said = now
+			b.failed(err)
+		}
 		return
 	}
 	b.mu.Lock()

@@ -113,6 +113,51 @@ func TestTheBookFollowsTheFile(t *testing.T) {
 	})
 }
 
+// A file that could not be read for a reason that passes is read later, though
+// nobody touches it again.
+func TestAFileThatCouldNotBeReadIsReadLater(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "rules.hcl")
+	write := func(text string) {
+		t.Helper()
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("rule \"/a\" {}\n")
+	var log bytes.Buffer
+	book := NewRulebook(hclog.New(&hclog.LoggerOptions{Output: &log}))
+	rules, err := Load(t.Context(), Source{Name: "plugin_data", Text: "rules_file = \"" + path + "\"\n"}, domain)
+	if err != nil {
+		t.Fatal(err)
+	}
+	book.Put(rules)
+	var w watcher
+	book.look(t.Context(), &w)
+	write("rule \"/a\" {}\nrule \"/b\" {}\n")
+
+	var usual syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &usual); err != nil {
+		t.Fatal(err)
+	}
+	none := syscall.Rlimit{Cur: 0, Max: usual.Max}
+	if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &none); err != nil {
+		t.Fatal(err)
+	}
+	for range 4 {
+		book.look(t.Context(), &w)
+	}
+	if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &usual); err != nil {
+		t.Fatal(err)
+	}
+	if got := strings.Count(log.String(), "too many open files"); got != 1 {
+		t.Errorf("got %d complaints, want 1:\n%s", got, &log)
+	}
+	book.look(t.Context(), &w)
+	if now, _ := book.Rules(); now.Len() != 2 {
+		t.Errorf("got %d rules, want 2; log:\n%s", now.Len(), &log)
+	}
+}
+
 // Whoever may write the file gives out claims, so it is said at a start, and as
 // soon as its mode becomes so.
 func TestAFileThatOthersMayWriteIsDoubtful(t *testing.T) {

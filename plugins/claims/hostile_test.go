@@ -1,6 +1,8 @@
 package claims
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"strings"
@@ -60,6 +62,27 @@ func TestManyParts(t *testing.T) {
 				t.Errorf("got %.200v, want %q", err, c.want)
 			}
 		})
+	}
+}
+
+// A file system that hangs costs a few threads, however often it is asked: the
+// runtime ends a process that has ten thousand.
+func TestAFileSystemThatHangs(t *testing.T) {
+	release := make(chan struct{})
+	for range cap(reading) {
+		ctx, cancel := context.WithCancel(t.Context())
+		if _, err := within(ctx, "x", func() (int, error) { cancel(); <-release; return 0, nil }); !errors.Is(err, context.Canceled) {
+			t.Errorf("got %v, want that it waits no longer", err)
+		}
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := within(ctx, "x", func() (int, error) { t.Error("one more was begun"); return 0, nil }); !errors.Is(err, context.Canceled) {
+		t.Errorf("got %v, want %v", err, context.Canceled)
+	}
+	close(release)
+	if got, err := within(t.Context(), "x", func() (int, error) { return 7, nil }); got != 7 || err != nil {
+		t.Errorf("got %d, %v after the end of the others, want 7", got, err)
 	}
 }
 

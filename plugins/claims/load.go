@@ -144,27 +144,50 @@ func stampOf(info fs.FileInfo) stamp {
 	return stamp{uint64(s.Dev), s.Ino, s.Size, s.Mtim, s.Ctim, info.Mode()} //nolint:unconvert // Dev is 32 bits elsewhere
 }
 
-// readFile reads a file that does not change meanwhile, within a time: one that
-// hangs costs a goroutine and not the caller.
-func readFile(ctx context.Context, path string) (content string, _ stamp, err error) {
-	type answer struct {
-		content string
-		stamp   stamp
-		err     error
-	}
-	done := make(chan answer, 1)
-	go func() {
-		var a answer
-		a.content, a.stamp, a.err = readNow(path)
-		done <- a
-	}()
+// A content is what a file holds.
+type content struct {
+	text  string
+	stamp stamp
+}
+
+// readFile reads a file that does not change meanwhile, within a time.
+func readFile(ctx context.Context, path string) (text string, _ stamp, err error) {
+	c, err := within(ctx, path, func() (c content, err error) {
+		c.text, c.stamp, err = readNow(path)
+		return c, err
+	})
+	return c.text, c.stamp, err
+}
+
+// reading has room for the calls that have not come back from a file system.
+// Each holds a thread, and a process that has too many of them is ended.
+var reading = make(chan struct{}, 8)
+
+// within waits for a call into a file system, which may hang, for readTime.
+func within[T any](ctx context.Context, path string, call func() (T, error)) (value T, err error) {
 	ctx, cancel := context.WithTimeout(ctx, readTime)
 	defer cancel()
 	select {
-	case a := <-done:
-		return a.content, a.stamp, a.err
+	case reading <- struct{}{}:
 	case <-ctx.Done():
-		return "", stamp{}, fmt.Errorf("read %s: %w", path, context.Cause(ctx))
+		return value, fmt.Errorf("read %s, with others under way: %w", path, ctx.Err())
+	}
+	type answer struct {
+		value T
+		err   error
+	}
+	done := make(chan answer, 1)
+	go func() {
+		defer func() { <-reading }()
+		var a answer
+		a.value, a.err = call()
+		done <- a
+	}()
+	select {
+	case a := <-done:
+		return a.value, a.err
+	case <-ctx.Done():
+		return value, fmt.Errorf("read %s: %w", path, ctx.Err())
 	}
 }
 

@@ -171,25 +171,11 @@ func (b *Rulebook) failed(err error) {
 
 // statFile is os.Stat within a time.
 func statFile(ctx context.Context, path string) (stamp, error) {
-	type answer struct {
-		stamp stamp
-		err   error
-	}
-	done := make(chan answer, 1)
-	go func() {
+	return within(ctx, path, func() (stamp, error) {
 		info, err := os.Stat(path)
 		if err != nil {
-			done <- answer{err: err}
-			return
+			return stamp{}, err
 		}
-		done <- answer{stamp: stampOf(info)}
-	}()
-	ctx, cancel := context.WithTimeout(ctx, readTime)
-	defer cancel()
-	select {
-	case a := <-done:
-		return a.stamp, a.err
-	case <-ctx.Done():
-		return stamp{}, ctx.Err()
-	}
+		return stampOf(info), nil
+	})
 }

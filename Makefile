@@ -44,8 +44,8 @@ race: build
 	GORACE=atexit_sleep_ms=0 CGO_ENABLED=1 $(GO) test -race -timeout 20m ./...
 
 peers: build
-	@echo "== stock third parties (the first build of SPIRE takes some minutes)"
-	cd test/peers && $(GO) vet ./... && $(GO) test -timeout 30m ./...
+	@echo "== stock third parties (the first builds of SPIRE and of Vault take some minutes each)"
+	cd test/peers && $(GO) vet ./... && $(GO) test -timeout 45m ./...
 
 fuzz: ## Fuzz each parser for FUZZ (20s)
 	@for p in $$($(GO) list ./...); do \

@@ -1,11 +1,8 @@
 package peers
 
 import (
-	"encoding/json"
-	"fmt"
 	"maps"
 	"os"
-	"path"
 	"strings"
 	"testing"
 	"time"
@@ -87,87 +84,4 @@ func TestOPAPolicyReadsTheClaims(t *testing.T) {
 			}
 		})
 	}
-}
-
-// Vault and OpenBao read claims by JSON Pointers (RFC 6901), want strings for
-// mapped claims and a list for groups, and refuse a login where a bound claim is
-// missing. Their server is not started here.
-func TestVaultRoleReadsTheClaims(t *testing.T) {
-	text, err := os.ReadFile(policies + "vault-role.json")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var role struct {
-		Audiences []string            `json:"bound_audiences"`
-		User      string              `json:"user_claim"`
-		Bound     map[string][]string `json:"bound_claims"`
-		Mappings  map[string]string   `json:"claim_mappings"`
-		Groups    string              `json:"groups_claim"`
-	}
-	if err := json.Unmarshal(text, &role); err != nil {
-		t.Fatal(err)
-	}
-	token := minted(t, role.Audiences[0])
-	if got, ok := pointed(token, role.User).(string); !ok || got != "spiffe://example.org"+researcher {
-		t.Errorf("user_claim: got %q", got)
-	}
-	for claim, patterns := range role.Bound {
-		value, ok := pointed(token, claim).(string)
-		if !ok || !matches(value, patterns) {
-			t.Errorf("bound claim %s: got %q, want one of %q", claim, value, patterns)
-		}
-	}
-	metadata := make(map[string]string)
-	for claim, name := range role.Mappings {
-		value, ok := pointed(token, claim).(string)
-		if !ok {
-			t.Errorf("mapped claim %s: got %v, want a string", claim, pointed(token, claim))
-		}
-		metadata[name] = value
-	}
-	want := map[string]string{"subject": "head-of-crm@example.org", "agent": "spiffe://example.org" + researcher, "owner": "team-crm"}
-	if diff := cmp.Diff(want, metadata); diff != "" {
-		t.Error(diff)
-	}
-	if diff := cmp.Diff(any([]any{"crm:read", "web:search"}), pointed(token, role.Groups)); diff != "" {
-		t.Errorf("groups: %s", diff)
-	}
-
-	policy, err := os.ReadFile(policies + "vault-agent.hcl")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, part := range strings.Split(string(policy), "metadata.")[1:] {
-		name, _, _ := strings.Cut(part, "}}")
-		if value := metadata[name]; value == "" || strings.ContainsAny(value, "/*+") {
-			t.Errorf("the policy's path takes %s, which is %q", name, value)
-		}
-	}
-}
-
-// pointed is what a claim's name or JSON Pointer leads to.
-func pointed(claims map[string]any, pointer string) any {
-	if !strings.HasPrefix(pointer, "/") {
-		return claims[pointer]
-	}
-	var at any = claims
-	for _, key := range strings.Split(pointer[1:], "/") {
-		object, ok := at.(map[string]any)
-		if !ok {
-			return fmt.Errorf("%s: %v has no %s", pointer, at, key)
-		}
-		at = object[strings.NewReplacer("~1", "/", "~0", "~").Replace(key)]
-	}
-	return at
-}
-
-// matches is Vault's glob, in which a star takes slashes too.
-func matches(value string, patterns []string) bool {
-	plain := strings.NewReplacer("/", "\x00")
-	for _, p := range patterns {
-		if ok, err := path.Match(plain.Replace(p), plain.Replace(value)); err == nil && ok {
-			return true
-		}
-	}
-	return false
 }

@@ -77,8 +77,10 @@ func TestAFileSystemThatHangs(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if _, err := within(ctx, "x", func() (int, error) { return 0, nil }); err == nil || !strings.Contains(err.Error(), "with others under way") {
-		t.Errorf("got %v, want that no more is begun", err)
+	for range 64 { // where there is room, some would go on to the call
+		if _, err := within(ctx, "x", func() (int, error) { return 0, nil }); err == nil || !strings.Contains(err.Error(), "with others under way") {
+			t.Fatalf("got %v, want that no more is begun", err)
+		}
 	}
 	close(release)
 	if got, err := within(t.Context(), "x", func() (int, error) { return 7, nil }); got != 7 || err != nil {

@@ -27,6 +27,9 @@ func startBus(t *testing.T) string {
 		t.Fatal(err)
 	}
 	if err := c.Start(); err != nil {
+		if os.Getenv("CI") != "" {
+			t.Fatal(err)
+		}
 		t.Skipf("LOUD: systemd by pidfd is not tested: %v", err)
 	}
 	t.Cleanup(func() { c.Process.Kill(); c.Wait() })

@@ -46,15 +46,6 @@ func OpenCgroups() (*Cgroups, error) {
 	return c, nil
 }
 
-// Trusting returns a view in which directories of that UID count too: for
-// a rootless runtime that was configured for it. What is found so is that
-// user's word, and says so.
-func (c *Cgroups) Trusting(uid uint32) *Cgroups {
-	view := *c
-	view.trusted = append(slices.Clone(c.trusted), uid)
-	return &view
-}
-
 var ownCgroups = sync.OnceValues(OpenCgroups)
 
 // PlaceOf is Place on hierarchies that are found once.

@@ -19,6 +19,8 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/deputy-id/deputy/svid/registry"
 )
 
 const (
@@ -87,6 +89,16 @@ func (i *Issuer) X509(id spiffeid.ID, pub crypto.PublicKey, dnsNames []string, t
 	if err := i.check(id); err != nil {
 		return nil, err
 	}
+	return i.certify(id, pub, dnsNames, ttl)
+}
+
+// NodeX509 is X509 for the daemon itself: for the one ID below /spire/ that is
+// ours, which no workload can have.
+func (i *Issuer) NodeX509(pub crypto.PublicKey, ttl time.Duration) ([]*x509.Certificate, error) {
+	return i.certify(registry.NodeID(i.o.TrustDomain), pub, nil, ttl)
+}
+
+func (i *Issuer) certify(id spiffeid.ID, pub crypto.PublicKey, dnsNames []string, ttl time.Duration) ([]*x509.Certificate, error) {
 	usage := x509.KeyUsageDigitalSignature
 	if k, ok := pub.(*rsa.PublicKey); ok {
 		if k.N.BitLen() < 2048 || k.N.BitLen() > 8192 {

@@ -38,6 +38,7 @@ var may = map[string][]string{
 	"conf":               {},
 
 	"internal/durable":      {},
+	"internal/keypair":      {},
 	"internal/owned":        {},
 	"internal/watch":        {},
 	"proto/deputy/admin/v1": {},

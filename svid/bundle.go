@@ -5,13 +5,16 @@ import (
 	"crypto"
 	"crypto/x509"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
 	"sync"
 	"time"
+	"unicode/utf8"
 
 	"github.com/go-jose/go-jose/v4"
+	josejson "github.com/go-jose/go-jose/v4/json" // is case-sensitive and refuses a name that is there twice
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
@@ -94,15 +97,92 @@ func (b *Bundle) Marshal() ([]byte, error) {
 	}{Keys: []int{}, Sequence: b.Sequence, Hint: int64(b.RefreshHint / time.Second)})
 }
 
-// ParseBundle reads SPIFFE's format. Keys for a use that it does not know are
-// left out; a document without keys is an error, while an empty list of them
-// is a bundle that trusts nobody.
+// maxHint is the longest refresh hint that is kept: a year, so that no sum of
+// times overflows.
+const maxHint = 365 * 24 * time.Hour
+
+// ParseBundle reads SPIFFE's format (SPIFFE Trust Domain and Bundle §4). Keys of
+// a type, or for a use, that it does not know are left out, and so are those
+// without a certificate for X.509; a document without keys is an error, while an
+// empty list of them is a bundle that trusts nobody. Names are held against the
+// standard's letter by letter, and none may be there twice.
 func ParseBundle(td spiffeid.TrustDomain, data []byte) (*Bundle, error) {
-	s, err := spiffebundle.Parse(td, data)
+	b, err := parseBundle(td, data)
 	if err != nil {
 		return nil, fmt.Errorf("parse bundle of %s: %w", td, err)
 	}
-	return FromSPIFFE(s), nil
+	return b, nil
+}
+
+func parseBundle(td spiffeid.TrustDomain, data []byte) (*Bundle, error) {
+	var doc struct {
+		Keys     []json.RawMessage `json:"keys"`
+		Sequence uint64            `json:"spiffe_sequence"`
+		Hint     float64           `json:"spiffe_refresh_hint"`
+	}
+	if !utf8.Valid(data) {
+		return nil, errors.New("is not UTF-8")
+	}
+	if err := josejson.Unmarshal(data, &doc); err != nil {
+		return nil, err
+	}
+	if doc.Keys == nil {
+		return nil, errors.New("has no keys")
+	}
+	b := &Bundle{TrustDomain: td, Sequence: doc.Sequence, JWTAuthorities: make(map[string]crypto.PublicKey)}
+	if doc.Hint > 0 {
+		b.RefreshHint = time.Duration(min(doc.Hint, maxHint.Seconds())) * time.Second
+	}
+	for i, raw := range doc.Keys {
+		if err := b.addKey(raw); err != nil {
+			return nil, fmt.Errorf("key %d: %w", i+1, err)
+		}
+	}
+	return b, nil
+}
+
+// addKey adds what one element of keys stands for, if it is known.
+func (b *Bundle) addKey(raw []byte) error {
+	var about struct {
+		Type  string   `json:"kty"`
+		Use   string   `json:"use"`
+		Curve string   `json:"crv"`
+		Chain []string `json:"x5c"`
+	}
+	if err := josejson.Unmarshal(raw, &about); err != nil {
+		return err
+	}
+	switch {
+	case about.Use != "x509-svid" && about.Use != "jwt-svid":
+		return nil
+	case about.Use == "x509-svid" && len(about.Chain) == 0:
+		return nil // X509-SVID §6.2
+	case about.Type == "EC" && !slices.Contains([]string{"P-256", "P-384", "P-521"}, about.Curve),
+		about.Type == "OKP" && about.Curve != "Ed25519",
+		!slices.Contains([]string{"EC", "RSA", "OKP"}, about.Type):
+		// A symmetric key, for one, is no authority: who verifies could sign.
+		return nil
+	}
+	var key jose.JSONWebKey
+	switch err := key.UnmarshalJSON(raw); {
+	case err != nil:
+		return err
+	case !key.IsPublic():
+		return errors.New("is no public key")
+	case about.Use == "x509-svid":
+		// X509-SVID §6.2: all but the first are ignored.
+		if !slices.ContainsFunc(b.X509Authorities, key.Certificates[0].Equal) {
+			b.X509Authorities = append(b.X509Authorities, key.Certificates[0])
+		}
+	case key.KeyID == "":
+		return errors.New("has no key ID")
+	default:
+		if had, ok := b.JWTAuthorities[key.KeyID]; ok && !equalKeys(had, key.Key) {
+			return fmt.Errorf("has the key ID %.100q of another", key.KeyID)
+		}
+		b.JWTAuthorities[key.KeyID] = key.Key
+	}
+	return nil
 }
 
 // Equal reports whether both hold the same authorities, sequence and refresh

@@ -60,6 +60,7 @@ type Options struct {
 	JWTTTL      time.Duration // of entries that say nothing; 0: 5 min
 	KeyType     svid.KeyType  // of CA and JWT keys; empty: ec-p256
 	JWTIssuer   string        // the iss claim of JWT-SVIDs; empty: none
+	RefreshHint time.Duration // how often others are told to fetch the bundle; 0: five times before a new key signs, at least every 5 min
 	Upstream    Upstream      // zero: the CA is self-signed
 	Claims      claimer       // of JWT-SVIDs; nil: none beside the standard's
 	Log         hclog.Logger
@@ -126,9 +127,9 @@ func Open(ctx context.Context, o Options) (_ *Authority, err error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	if s.Sequence == 0 && !a.stored() {
-		// Keys in memory are new after a restart, and so the number must be
-		// higher than before it.
+	if s.Sequence == 0 {
+		// There may have been keys before: in memory, or in a directory that was
+		// lost. Who follows the bundle takes none with a lower number.
 		s.Sequence = uint64(max(time.Now().Unix(), 1))
 	}
 	a.state = s
@@ -165,6 +166,15 @@ func (o *Options) complete() error {
 	}
 	if o.CATTL < share*minTTL {
 		return fmt.Errorf("open authority: CA life of %s is shorter than %s", o.CATTL, share*minTTL)
+	}
+	// A key is published for a third of its life before it signs. The standard
+	// wants that to be three to five periods (SPIFFE Federation §4.1).
+	window := o.CATTL / 3
+	switch {
+	case o.RefreshHint == 0:
+		o.RefreshHint = min(window/5, maxHint).Truncate(time.Second)
+	case o.RefreshHint < time.Second || o.RefreshHint > window/3:
+		return fmt.Errorf("open authority: refresh hint of %s is not between 1s and %s, a ninth of the CA's life", o.RefreshHint, window/3)
 	}
 	var err error
 	if o.KeyType, err = svid.ParseKeyType(string(o.KeyType)); err != nil {

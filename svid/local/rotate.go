@@ -22,7 +22,7 @@ const (
 	retryFirst = time.Second
 	retryMost  = time.Minute
 	// maxHint is the longest that verifiers are told to wait between two looks
-	// at the bundle.
+	// at the bundle, unless the options say otherwise.
 	maxHint = 5 * time.Minute
 )
 
@@ -191,7 +191,7 @@ func (a *Authority) bundle(s *state) *svid.Bundle {
 		TrustDomain:    a.o.TrustDomain,
 		Sequence:       s.Sequence,
 		JWTAuthorities: make(map[string]crypto.PublicKey),
-		RefreshHint:    min(max(a.o.CATTL/10, time.Second), maxHint).Truncate(time.Second),
+		RefreshHint:    a.o.RefreshHint,
 	}
 	for _, c := range s.X509.all() {
 		for _, root := range c.roots {

@@ -480,6 +480,56 @@ func TestOptionsThatCannotBe(t *testing.T) {
 	}
 }
 
+// A follower that looks as often as it is told sees a new key at least three
+// times before it signs.
+func TestRefreshHintFitsTheRotation(t *testing.T) {
+	for _, c := range []struct{ ttl, hint, want time.Duration }{
+		{30 * time.Second, 0, 2 * time.Second},
+		{time.Hour, 0, 4 * time.Minute},
+		{24 * time.Hour, 0, 5 * time.Minute},
+		{24 * time.Hour, time.Hour, time.Hour},
+		{24 * time.Hour, 3 * time.Hour, 0},
+		{24 * time.Hour, time.Millisecond, 0},
+	} {
+		a, err := Open(t.Context(), Options{TrustDomain: td, CATTL: c.ttl, RefreshHint: c.hint})
+		if c.want == 0 {
+			if err == nil {
+				t.Errorf("CA life %s: hint of %s was taken", c.ttl, c.hint)
+			}
+			continue
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := bundleOf(a).RefreshHint
+		ca := a.state.X509.Active
+		early := ca.activateAt(&slot{Created: ca.prepareAt()}).Sub(ca.prepareAt())
+		if got != c.want || early < 3*got {
+			t.Errorf("CA life %s, hint %s: got %s, want %s; a new key is published for %s", c.ttl, c.hint, got, c.want, early)
+		}
+		a.Close()
+	}
+}
+
+// Others take no bundle with a lower number than the last, so an authority whose
+// directory was lost may not count from the start again.
+func TestSequenceGrowsOverALostDirectory(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir := t.TempDir()
+		a := open(t, Options{DataDir: dir})
+		before := bundleOf(a).Sequence
+		a.Close()
+		if err := os.Remove(filepath.Join(dir, stateFile)); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(2 * time.Second)
+		a = open(t, Options{DataDir: dir})
+		if got := bundleOf(a).Sequence; got <= before {
+			t.Errorf("got %d after %d, want more", got, before)
+		}
+	})
+}
+
 func TestTTLIsCutToWhatTheAuthorityAllows(t *testing.T) {
 	a := open(t, Options{CATTL: time.Hour})
 	key, err := svid.ECP256.Generate()

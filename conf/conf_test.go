@@ -93,6 +93,11 @@ attestor "docker" {
 }
 attestor "systemd" {}
 claims { unmapped = "omit" } # read elsewhere
+oidc_discovery {
+  address   = "0.0.0.0:8444"
+  cert_file = "/etc/deputy/tls.crt"
+  key_file  = "/etc/deputy/tls.key"
+}
 
 entry "spiffe://example.org/agent/{{unix.user}}" {
   selectors      = ["unix:uid:1000", "docker:label:a:$${b}"]
@@ -126,6 +131,7 @@ entry "spiffe://example.org/agent/{{unix.user}}" {
 		c.Docker.Socket.Value, values(c.Docker.Env), c.Systemd != nil,
 		e.Path.Value, values(e.Selectors), e.X509TTL.Value, e.JWTTTL.Value, values(e.DNSNames), e.Hint.Value,
 		e.FederatesWith[0].Value.Name(), values(e.Audiences), e.Instance.Value, e.AllowTraced.Value, e.JWTFresh.Value,
+		c.OIDCDiscovery.Address.Value, c.OIDCDiscovery.CertFile.Value, c.OIDCDiscovery.KeyFile.Value,
 	}
 	want := []any{
 		true, "example.org", "/srv/deputy", hclog.Debug, JSON,
@@ -135,6 +141,7 @@ entry "spiffe://example.org/agent/{{unix.user}}" {
 		"/run/other.sock", []string{"ROLE"}, true,
 		"/agent/{{unix.user}}", []string{"unix:uid:1000", "docker:label:a:${b}"}, 8 * time.Hour, 5 * time.Minute, []string{"b", "a"}, "main",
 		"other.org", []string{"x", "y"}, true, true, false,
+		"0.0.0.0:8444", "/etc/deputy/tls.crt", "/etc/deputy/tls.key",
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Error(diff)
@@ -145,11 +152,11 @@ entry "spiffe://example.org/agent/{{unix.user}}" {
 	if got := c.Claims; got == nil || got.Text != ` unmapped = "omit" ` || got.Start.Line != 27 || got.Start.Column != 9 {
 		t.Errorf("got claims %+v, want the text between the braces with its place", got)
 	}
-	if got := e.Selectors[1].Range.Start; got.Line != 30 || got.Column != 38 {
-		t.Errorf("second selector: got %d:%d, want 30:38", got.Line, got.Column)
+	if got := e.Selectors[1].Range.Start; got.Line != 35 || got.Column != 38 {
+		t.Errorf("second selector: got %d:%d, want 35:38", got.Line, got.Column)
 	}
-	if got := e.At("hint").Start.Line; got != 34 {
-		t.Errorf("hint: got line %d, want 34", got)
+	if got := e.At("hint").Start.Line; got != 39 {
+		t.Errorf("hint: got line %d, want 39", got)
 	}
 	if got := e.At("nothing"); got != e.Range {
 		t.Errorf("a key that is not there: got %v, want the header", got)

@@ -55,6 +55,7 @@ func decode(src []byte, file string, base *Config) (*Config, Problems, Problems)
 	}
 	c := *base
 	c.File, c.Docker, c.Systemd, c.Claims, c.Entries = file, nil, nil, nil, nil
+	c.OIDCDiscovery = nil
 	l := &loader{c: &c, src: src, first: make(map[string]hcl.Range)}
 	l.file(body)
 	l.problems.Sort()
@@ -69,6 +70,8 @@ type loader struct {
 	src      []byte
 	first    map[string]hcl.Range // the header of each block that may be there once
 	warnings Problems
+
+	hasIssuer bool // the file says jwt_issuer, rightly or wrongly
 }
 
 func (l *loader) file(body *hclsyntax.Body) {
@@ -117,10 +120,12 @@ func (l *loader) file(body *hclsyntax.Body) {
 				c.Claims = &Claims{b.DefRange(), string(l.src[start.Byte:b.CloseBraceRange.Start.Byte]), start}
 			}
 		},
-		"entry": func(b *hclsyntax.Block) { entries = append(entries, b) },
+		"oidc_discovery": l.discovery,
+		"entry":          func(b *hclsyntax.Block) { entries = append(entries, b) },
 	})
 
 	l.places()
+	l.issuerServed()
 	if g := c.AdminSocket.Group; g.Given() {
 		l.warnings.Add(g.Range, "every member of the group %q may become any identity", g.Value)
 	}
@@ -196,6 +201,7 @@ func (l *loader) authority(b *hclsyntax.Block) {
 
 	// Presence counts here, not whether the value was good.
 	has := func(name string) bool { return b.Body.Attributes[name] != nil }
+	l.hasIssuer = has("jwt_issuer")
 	switch cert, key := has("upstream_cert"), has("upstream_key"); {
 	case cert && !key:
 		l.problems.Add(b.Body.Attributes["upstream_cert"].NameRange, "upstream_cert needs upstream_key beside it")
@@ -248,14 +254,19 @@ func (l *loader) attestor(b *hclsyntax.Block) {
 func (l *loader) places() {
 	c := l.c
 	public := filepath.Dir(c.WorkloadSocket.Path.Value)
-	for _, private := range []struct {
+	type place struct {
 		what string
 		at   Setting[string]
-	}{
+	}
+	all := []place{
 		{"the admin socket", c.AdminSocket.Path},
 		{"data_dir", c.DataDir},
 		{"upstream_key", c.Authority.UpstreamKey},
-	} {
+	}
+	if d := c.OIDCDiscovery; d != nil {
+		all = append(all, place{"key_file", d.KeyFile})
+	}
+	for _, private := range all {
 		if private.at.Value == "" || !within(private.at.Value, public) {
 			continue
 		}

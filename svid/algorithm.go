@@ -10,6 +10,8 @@ import (
 	"errors"
 	"fmt"
 	"math/big"
+
+	"github.com/go-jose/go-jose/v4"
 )
 
 // A jwtAlgorithm is one that a JWT-SVID may be signed with.
@@ -32,6 +34,15 @@ var algorithms = map[string]jwtAlgorithm{
 	"ES256": {name: "ES256", hash: crypto.SHA256, curve: elliptic.P256(), half: 32},
 	"ES384": {name: "ES384", hash: crypto.SHA384, curve: elliptic.P384(), half: 48},
 	"ES512": {name: "ES512", hash: crypto.SHA512, curve: elliptic.P521(), half: 66},
+}
+
+// SigningAlgorithms are those that a key of ours may sign with.
+var SigningAlgorithms = []jose.SignatureAlgorithm{jose.RS256, jose.ES256, jose.ES384}
+
+// Algorithm returns the one that such a key of ours signs with.
+func Algorithm(pub crypto.PublicKey) (jose.SignatureAlgorithm, error) {
+	a, err := algorithmFor(pub)
+	return jose.SignatureAlgorithm(a.name), err
 }
 
 // algorithmFor returns the algorithm that we sign with by such a key.

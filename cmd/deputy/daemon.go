@@ -123,6 +123,10 @@ func (d *daemon) run(ctx context.Context) (err error) {
 		return err
 	}
 	opened = append(opened, closing(admin))
+	relying, err := listenDiscovery(c, authority, d.log)
+	if err != nil {
+		return err
+	}
 	work, ctx := errgroup.WithContext(ctx)
 	work.Go(func() error { return server.Run(ctx) })
 	work.Go(func() error { return server.ServeWorkload(workload) })
@@ -132,6 +136,10 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	work.Go(func() error { return d.book.Run(ctx) })
 	work.Go(func() error { return followClaims(ctx, d.book, keeper) })
 	work.Go(func() error { return d.follow(ctx, d.reloads) })
+	if relying != nil {
+		opened = append(opened, relying.Close)
+		work.Go(func() error { return relying.Run(ctx) })
+	}
 
 	set, _ := d.store.Set()
 	d.log.Info("started", "version", version, "trust_domain", c.TrustDomain.Value.Name(), "entries", set.Len(),

@@ -178,6 +178,7 @@ func needRestart(was, is *conf.Config) []string {
 	differ("workload_socket", was.WorkloadSocket.Path.Value, is.WorkloadSocket.Path.Value)
 	differ("admin_socket", []string{was.AdminSocket.Path.Value, was.AdminSocket.Group.Value}, []string{is.AdminSocket.Path.Value, is.AdminSocket.Group.Value})
 	differ("authority", authorityValues(was), authorityValues(is))
+	differ("oidc_discovery", discoveryValues(was), discoveryValues(is))
 	differ("attestor docker", dockerValues(was), dockerValues(is))
 	differ("attestor systemd", was.Systemd != nil, is.Systemd != nil)
 	return keys

@@ -30,6 +30,7 @@ var may = map[string][]string{
 	"attestor/container": {"attestor", "attestor/peer"},
 	"svid/registry":      {"attestor"},
 	"svid":               {"svid/registry"},
+	"svid/discovery":     {"svid"},
 	"svid/local":         {"svid", "svid/registry"},
 	"svid/federation":    {"svid"},
 	"endpoint":           {"attestor", "attestor/peer", "attestor/container", "svid/registry", "svid", "svid/local", "svid/federation", "proto/deputy/admin/v1"},

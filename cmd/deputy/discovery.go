@@ -1,0 +1,51 @@
+package main
+
+import (
+	"fmt"
+
+	"github.com/hashicorp/go-hclog"
+
+	"github.com/deputy-id/deputy/conf"
+	"github.com/deputy-id/deputy/internal/keypair"
+	"github.com/deputy-id/deputy/svid"
+	"github.com/deputy-id/deputy/svid/discovery"
+)
+
+// listenDiscovery returns what serves OpenID Connect discovery, nil where it is
+// not configured.
+func listenDiscovery(c *conf.Config, a svid.Authority, log hclog.Logger) (*discovery.Server, error) {
+	d := c.OIDCDiscovery
+	if d == nil {
+		return nil, nil
+	}
+	pair, err := keypair.Open(d.CertFile.Value, d.KeyFile.Value)
+	if err != nil {
+		return nil, fmt.Errorf("oidc_discovery: %w", err)
+	}
+	pair.Report = func(err error) {
+		if err != nil {
+			log.Warn("certificate of oidc_discovery is not replaced, the last good one stays", "error", err)
+			return
+		}
+		log.Info("certificate of oidc_discovery replaced", "ends", pair.Certificate().NotAfter)
+	}
+	h, err := discovery.New(c.Authority.JWTIssuer.Value, a, log)
+	if err != nil {
+		return nil, fmt.Errorf("oidc_discovery: %w", err)
+	}
+	s, err := discovery.Listen(d.Address.Value, h, pair.GetCertificate, log)
+	if err != nil {
+		return nil, fmt.Errorf("oidc_discovery: %w", err)
+	}
+	log.Info("serving OpenID Connect discovery", "address", s.Addr().String(), "issuer", c.Authority.JWTIssuer.Value)
+	return s, nil
+}
+
+// discoveryValues are for needRestart.
+func discoveryValues(c *conf.Config) []string {
+	d := c.OIDCDiscovery
+	if d == nil {
+		return nil
+	}
+	return []string{d.Address.Value, d.CertFile.Value, d.KeyFile.Value}
+}

@@ -1,0 +1,7 @@
+package discovery
+
+// Bounds that tests reach.
+const (
+	MaxConns = maxConns
+	ReadTime = readTime
+)

@@ -36,6 +36,23 @@ func cached(name string) string {
 
 // build keeps a binary in the user's cache directory, under a name that holds its version.
 func build(name, pkg string) (string, error) {
+	return buildIn(".", name, pkg)
+}
+
+// buildAlone builds a program whose requirements do not go together with
+// SPIRE's: the module in the directory of its name pins it.
+func buildAlone(name, module, pkg string) (string, error) {
+	cmd := exec.Command("go", "list", "-m", "-f", "{{.Version}}", module)
+	cmd.Dir = name
+	version, err := cmd.Output()
+	if err != nil {
+		return "", fmt.Errorf("read the version of %s: %w", module, err)
+	}
+	return buildIn(name, name+"-"+strings.TrimPrefix(strings.TrimSpace(string(version)), "v"), pkg)
+}
+
+// buildIn builds in the module of a directory.
+func buildIn(dir, name, pkg string) (string, error) {
 	path := cached(name)
 	if _, err := os.Stat(path); err == nil {
 		return path, nil
@@ -45,7 +62,9 @@ func build(name, pkg string) (string, error) {
 		return "", err
 	}
 	temp := fmt.Sprintf("%s.%d", path, os.Getpid())
-	if out, err := exec.Command("go", "build", "-o", temp, pkg).CombinedOutput(); err != nil {
+	cmd := exec.Command("go", "build", "-o", temp, pkg)
+	cmd.Dir = dir
+	if out, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("build %s: %w\n%s", pkg, err, out)
 	}
 	return path, os.Rename(temp, path)

@@ -13,10 +13,10 @@ SPIRE         := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/deputy-peers
 SPIRE_VERSION := 1.15.3
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test prerequisites lint race peers fuzz bench bench-peers proto clean
+.PHONY: help build demo test prerequisites test-clients lint race peers fuzz bench bench-peers proto clean
 
 help: ## Print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 build: ## Build the static binaries into bin/
 	$(STATIC) -o $(BIN)/ ./cmd/...
@@ -46,6 +46,11 @@ race: build
 peers: build
 	@echo "== stock third parties (the first builds of SPIRE and of Vault take some minutes each)"
 	cd test/peers && $(GO) vet ./... && $(GO) test -timeout 45m ./...
+
+test-clients: build ## Run clients in Python, Java and Rust (needs rustc 1.88; installs the rest)
+	@echo "== clients of other languages (the first build takes some minutes)"
+	@test/prerequisites clients
+	cd test/clients && $(GO) vet ./... && $(GO) test -count=1 -timeout 20m ./...
 
 fuzz: ## Fuzz each parser for FUZZ (20s)
 	@for p in $$($(GO) list ./...); do \

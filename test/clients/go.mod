@@ -1,0 +1,3 @@
+module github.com/deputy-id/deputy/test/clients
+
+go 1.26.0

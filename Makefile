@@ -45,7 +45,7 @@ race: build
 
 peers: build
 	@echo "== stock third parties (the first builds of SPIRE and of Vault take some minutes each)"
-	cd test/peers && $(GO) vet ./... && $(GO) test -timeout 45m ./...
+	cd test/peers && $(GO) vet ./... && $(GO) test -count=1 -timeout 45m ./...
 
 test-clients: build ## Run clients in Python, Java and Rust (needs rustc 1.88; installs the rest)
 	@echo "== clients of other languages (the first build takes some minutes)"

@@ -39,7 +39,7 @@ func File(path string) error {
 	if err != nil {
 		return err
 	}
-	return mine(path, info)
+	return mine(path, info, os.Geteuid())
 }
 
 // RootSocket reports whether there is a socket at the path and it is root's.
@@ -54,7 +54,11 @@ func RootSocket(path string) bool {
 // a directory or a link on the way there is that user's, or may be written by
 // everybody who likes and is not sticky. (A directory of our own that our group
 // may write is how many distributions set a user up.)
-func Way(path string) error {
+func Way(path string) error { return WayOf(path, os.Geteuid()) }
+
+// WayOf is Way for what is another user's: why one who is neither root nor
+// that user could put something else in the place of path.
+func WayOf(path string, uid int) error {
 	real, err := filepath.EvalSymlinks(path)
 	if err != nil {
 		return err
@@ -64,7 +68,7 @@ func Way(path string) error {
 		if err != nil {
 			return err
 		}
-		if err := mine(at, info); err != nil {
+		if err := mine(at, info, uid); err != nil {
 			return err
 		}
 		if info.IsDir() && info.Mode().Perm()&0o002 != 0 && info.Mode()&fs.ModeSticky == 0 {
@@ -89,9 +93,9 @@ func above(path string) []string {
 	}
 }
 
-func mine(path string, info fs.FileInfo) error {
-	if uid := info.Sys().(*syscall.Stat_t).Uid; uid != 0 && int(uid) != os.Geteuid() {
-		return fmt.Errorf("%s belongs to UID %d", path, uid)
+func mine(path string, info fs.FileInfo, uid int) error {
+	if owner := info.Sys().(*syscall.Stat_t).Uid; owner != 0 && int(owner) != uid {
+		return fmt.Errorf("%s belongs to UID %d", path, owner)
 	}
 	return nil
 }

@@ -101,6 +101,28 @@ func TestDir(t *testing.T) {
 	}
 }
 
+func TestWayOfAnotherUser(t *testing.T) {
+	top, dir := tree(t)
+	file := filepath.Join(dir, "file")
+	must(t, os.WriteFile(file, nil, 0o600))
+	if err := WayOf(file, stranger); err != nil {
+		t.Errorf("got %v below directories of root's", err)
+	}
+	must(t, os.Chown(top, stranger, -1))
+	if err := WayOf(file, stranger); err != nil {
+		t.Errorf("got %v below a directory of that user's", err)
+	}
+	if err := WayOf(file, stranger+1); err == nil {
+		t.Error("got no error below a directory of a third user's")
+	}
+	link := filepath.Join(t.TempDir(), "link")
+	must(t, os.Symlink(file, link))
+	must(t, os.Lchown(link, stranger+1, -1))
+	if err := WayOf(link, stranger); err == nil {
+		t.Error("got no error behind a link of a third user's")
+	}
+}
+
 func TestRootSocket(t *testing.T) {
 	_, dir := tree(t)
 	path := filepath.Join(dir, "s")

@@ -1,6 +1,6 @@
 // Package durable writes files that survive a crash: after WriteFile returns,
 // the file holds either all of the new content or, had it failed, all of the
-// old.
+// old. A Set replaces several files at once.
 package durable
 
 import (
@@ -8,8 +8,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-
-	"golang.org/x/sys/unix"
 )
 
 // ErrLocked says that another process holds the lock of a directory.
@@ -68,11 +66,8 @@ func Lock(dir string) (*os.File, error) {
 	if err != nil {
 		return nil, fmt.Errorf("lock %s: %w", dir, err)
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	if err := flock(f); err != nil {
 		f.Close()
-		if errors.Is(err, unix.EWOULDBLOCK) {
-			return nil, fmt.Errorf("lock %s: %w", dir, ErrLocked)
-		}
 		return nil, fmt.Errorf("lock %s: %w", dir, err)
 	}
 	return f, nil

@@ -88,14 +88,23 @@ func adminGroup(c *conf.Config) (int, error) {
 	if name.Value == "" {
 		return -1, nil
 	}
-	g, err := user.LookupGroup(name.Value)
+	gid, err := groupID(name.Value)
 	if err != nil {
-		if _, bad := strconv.ParseUint(name.Value, 10, 32); bad == nil {
-			g, err = user.LookupGroupId(name.Value)
+		return -1, conf.Problems{{Range: name.Range, Reason: err.Error()}}
+	}
+	return gid, nil
+}
+
+// groupID finds a group by name or GID.
+func groupID(name string) (int, error) {
+	g, err := user.LookupGroup(name)
+	if err != nil {
+		if _, bad := strconv.ParseUint(name, 10, 32); bad == nil {
+			g, err = user.LookupGroupId(name)
 		}
 	}
 	if err != nil {
-		return -1, conf.Problems{{Range: name.Range, Reason: err.Error()}}
+		return -1, err
 	}
 	return strconv.Atoi(g.Gid)
 }

@@ -30,7 +30,8 @@ started by this user in this cgroup. Another program may get something else.`
 }
 
 func newFetchX509(out *output, e *endpoints) *cobra.Command {
-	var dir, id string
+	var dir string
+	var c choice
 	cmd := &cobra.Command{
 		Use:   "x509",
 		Short: "Fetch X.509-SVIDs with their keys and bundles",
@@ -38,18 +39,15 @@ func newFetchX509(out *output, e *endpoints) *cobra.Command {
   deputy fetch x509 --write /run/agent    # svid.0.pem, svid.0.key, bundle.0.pem`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := checkID(id); err != nil {
+			if err := c.check(); err != nil {
 				return err
 			}
 			resp, err := first(cmd.Context(), e, fetchX509)
 			if err != nil {
 				return err
 			}
-			if id != "" {
-				resp.Svids = slices.DeleteFunc(resp.Svids, func(s *workload.X509SVID) bool { return s.SpiffeId != id })
-				if len(resp.Svids) == 0 {
-					return denied("no X.509-SVID for " + id)
-				}
+			if err := c.of(resp); err != nil {
+				return err
 			}
 			if dir != "" {
 				names, err := writeX509(dir, resp)
@@ -62,7 +60,7 @@ func newFetchX509(out *output, e *endpoints) *cobra.Command {
 		},
 	}
 	cmd.Flags().StringVar(&dir, "write", "", "write the files to this `directory`, keys with mode 0600")
-	cmd.Flags().StringVar(&id, "spiffe-id", "", "only the SVID with this `ID`")
+	c.flags(cmd)
 	return cmd
 }
 

@@ -16,7 +16,7 @@ import (
 	"github.com/deputy-id/deputy/internal/durable"
 )
 
-// A file that fetch --write makes, under the name that SPIRE gives it.
+// A file that --write makes, under the name that SPIRE gives it.
 type file struct {
 	name string
 	data []byte
@@ -29,6 +29,14 @@ const (
 )
 
 func writeX509(dir string, resp *workload.X509SVIDResponse) ([]string, error) {
+	files, err := x509Files(resp)
+	if err != nil {
+		return nil, err
+	}
+	return write(dir, files)
+}
+
+func x509Files(resp *workload.X509SVIDResponse) ([]file, error) {
 	var files []file
 	for i, s := range resp.Svids {
 		chain, err := certificates(s.X509Svid)
@@ -45,7 +53,7 @@ func writeX509(dir string, resp *workload.X509SVIDResponse) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	return write(dir, append(bundles, files...))
+	return append(bundles, files...), nil
 }
 
 func writeBundles(dir string, resp *workload.X509SVIDResponse) ([]string, error) {

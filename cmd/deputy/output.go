@@ -65,6 +65,13 @@ func (o *output) value(v any) error {
 	return e.Encode(v)
 }
 
+// valueLine is value on one line.
+func (o *output) valueLine(v any) error {
+	e := json.NewEncoder(o.w)
+	e.SetEscapeHTML(false)
+	return e.Encode(v)
+}
+
 // A field is a line of text output.
 type field struct{ name, value string }
 

@@ -10,6 +10,7 @@ import (
 	"crypto/sha256"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/asn1"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -34,7 +35,13 @@ const (
 	maxSignature = 512
 	// maxCommonName is ub-common-name of RFC 5280.
 	maxCommonName = 64
+	// maxUserID is ub-user-identifier of RFC 1274. The standards since then have
+	// no bound; some readers of names do.
+	maxUserID = 256
 )
+
+// userID is the attribute UID of a name (RFC 4519 §2.39).
+var userID = asn1.ObjectIdentifier{0, 9, 2342, 19200300, 100, 1, 1}
 
 // An Issuer signs with keys that this machine holds. It is immutable: after a
 // rotation there is another. Its Validity is the caller's to check.
@@ -125,6 +132,12 @@ func (i *Issuer) certify(id spiffeid.ID, pub crypto.PublicKey, dnsNames []string
 	// An empty subject would be allowed; some TLS libraries and servers cannot
 	// do with one. No serial number here: x509 draws one of 159 random bits.
 	subject := pkix.Name{Organization: []string{"Deputy"}}
+	// Programs that know no URI names (nginx, PostgreSQL) tell clients by their
+	// subjects, and two entities must not share one (RFC 5280 §4.1.2.6). Nothing in
+	// a SPIFFE ID is escaped in a name's text, so that text is exactly one ID's.
+	if uid := id.String(); len(uid) <= maxUserID {
+		subject.ExtraNames = []pkix.AttributeTypeAndValue{{Type: userID, Value: uid}}
+	}
 	if len(dnsNames) > 0 && len(dnsNames[0]) <= maxCommonName {
 		subject.CommonName = dnsNames[0]
 	}

@@ -64,7 +64,10 @@ func TestIssuedCertificateIsWhatSPIFFEAllows(t *testing.T) {
 		dns   []string
 		usage x509.KeyUsage
 		cn    string
+		id    string // else that of x
 	}{
+		"long ID":           {key: svid.ECP256, usage: x509.KeyUsageDigitalSignature, id: "/agent_" + strings.Repeat("x", 256-len("spiffe://example.org/agent_"))},
+		"longer ID":         {key: svid.ECP256, usage: x509.KeyUsageDigitalSignature, id: "/agent_" + strings.Repeat("x", 257-len("spiffe://example.org/agent_"))},
 		"plain":             {key: svid.ECP256, usage: x509.KeyUsageDigitalSignature},
 		"P-384":             {key: svid.ECP384, usage: x509.KeyUsageDigitalSignature},
 		"RSA may encipher":  {key: svid.RSA2048, usage: x509.KeyUsageDigitalSignature | x509.KeyUsageKeyEncipherment},
@@ -72,6 +75,10 @@ func TestIssuedCertificateIsWhatSPIFFEAllows(t *testing.T) {
 		"DNS name too long": {key: svid.ECP256, dns: []string{strings.Repeat("a", 60) + ".example"}, usage: x509.KeyUsageDigitalSignature},
 	} {
 		t.Run(name, func(t *testing.T) {
+			id := id
+			if tt.id != "" {
+				id = spiffeid.RequireFromPath(td, tt.id)
+			}
 			chain, err := a.issuer.X509(id, mustKey(t, tt.key).Public(), tt.dns, time.Hour)
 			if err != nil {
 				t.Fatal(err)
@@ -95,6 +102,13 @@ func TestIssuedCertificateIsWhatSPIFFEAllows(t *testing.T) {
 			}
 			if !slices.Equal(c.DNSNames, tt.dns) || c.Subject.CommonName != tt.cn {
 				t.Errorf("got DNS names %v, common name %q", c.DNSNames, c.Subject.CommonName)
+			}
+			var uid []any // of a name that is too long, none, rather than a part that others share
+			if len(id.String()) <= 256 {
+				uid = append(uid, id.String())
+			}
+			if got := userIDs(c.Subject); !slices.Equal(got, uid) {
+				t.Errorf("got %v in the subject, want %v", got, uid)
 			}
 			for _, e := range c.Extensions {
 				if e.Id.String() == "2.5.29.15" && !e.Critical {
@@ -261,4 +275,15 @@ func TestPrivateClaimsStandBesideTheTokensOwn(t *testing.T) {
 			t.Errorf("%s: got %s, want an error", name, tok.Compact)
 		}
 	}
+}
+
+// userIDs are the attributes UID of a name.
+func userIDs(name pkix.Name) []any {
+	var ids []any
+	for _, a := range name.Names {
+		if a.Type.String() == "0.9.2342.19200300.100.1.1" {
+			ids = append(ids, a.Value)
+		}
+	}
+	return ids
 }

@@ -17,8 +17,9 @@ type encoded []byte
 // nothing is a request message without fields, checked but not kept.
 type nothing struct{}
 
-// codec is gRPC's own for protocol buffers, except that encoded passes through
-// as it is and nothing is not allocated.
+// codec is gRPC's own for protocol buffers, except that encoded, and the pieces
+// of a response that are shared likewise, pass through as they are and nothing
+// is not allocated.
 type codec struct {
 	encoding.CodecV2
 }
@@ -26,8 +27,11 @@ type codec struct {
 func newCodec() codec { return codec{encoding.GetCodecV2(proto.Name)} }
 
 func (c codec) Marshal(v any) (mem.BufferSlice, error) {
-	if b, ok := v.(encoded); ok {
+	switch b := v.(type) {
+	case encoded:
 		return mem.BufferSlice{mem.SliceBuffer(b)}, nil
+	case mem.BufferSlice:
+		return b, nil
 	}
 	return c.CodecV2.Marshal(v)
 }

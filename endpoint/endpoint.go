@@ -1,6 +1,6 @@
 // Package endpoint is the gRPC services on the sockets: the SPIFFE Workload
-// API for every process of the host, and for its administrators SPIRE's entry,
-// bundle, SVID and logger APIs beside our own.
+// API and Envoy's secret discovery for every process of the host, and for its
+// administrators SPIRE's entry, bundle, SVID and logger APIs beside our own.
 //
 // It asks the stages before it, for each message that has a key in it: is the
 // process behind this connection still the one that opened it, what is known
@@ -67,6 +67,9 @@ type Config struct {
 	Names      names       // nil: no process can be registered under a name
 	AdminGroup int         // GID whose members may administer beside root and the daemon's own user; -1: none
 
+	SecretNames     SecretNames // zero: DefaultSecretNames
+	PlainValidation bool        // validation contexts without the SPIFFE validator, unless a node says otherwise
+
 	Limits Limits // zero: by DefaultLimits
 }
 
@@ -79,6 +82,7 @@ type Server struct {
 	health   *health.Server
 	stopping chan struct{} // closed when open streams are to end
 	stop     func()        // closes it
+	graves   *graves
 
 	mu       sync.Mutex // guards sessions
 	sessions map[uint64]*session
@@ -89,11 +93,15 @@ func New(c Config) *Server {
 	if c.Limits == (Limits{}) {
 		c.Limits = DefaultLimits(descriptors(), runtime.GOMAXPROCS(0))
 	}
+	if c.SecretNames == (SecretNames{}) {
+		c.SecretNames = DefaultSecretNames
+	}
 	s := &Server{
 		Config:   c,
 		budget:   newBudget(c.Limits),
 		health:   health.NewServer(),
 		stopping: make(chan struct{}),
+		graves:   newGraves(),
 		sessions: make(map[uint64]*session),
 	}
 	s.stop = sync.OnceFunc(func() { close(s.stopping) })
@@ -101,6 +109,7 @@ func New(c Config) *Server {
 	s.workload = grpc.NewServer(s.options(&handshaker{s: s, accept: acceptAny, counted: true},
 		grpc.ChainStreamInterceptor(s.countStream), grpc.ChainUnaryInterceptor(s.countUnary))...)
 	s.workload.RegisterService(&workloadDesc, s)
+	s.workload.RegisterService(&secretDesc, s)
 	healthv1.RegisterHealthServer(s.workload, s.health)
 	reflection.Register(s.workload)
 
@@ -192,6 +201,7 @@ func (s *Server) watchHealth(ctx context.Context) {
 		}
 		s.health.SetServingStatus("", state)
 		s.health.SetServingStatus(workloadDesc.ServiceName, state)
+		s.health.SetServingStatus(secretDesc.ServiceName, state)
 		select {
 		case <-ctx.Done():
 			return

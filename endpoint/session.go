@@ -23,7 +23,9 @@ type session struct {
 	holder svid.Holder
 
 	view    atomic.Pointer[view]
+	issued  atomic.Pointer[issued]
 	x509    atomic.Pointer[x509Message]
+	secrets atomic.Pointer[secrets]
 	bundles atomic.Pointer[bundleMessage]
 
 	mu      sync.Mutex // guards what follows; held while a message is made, never while one waits
@@ -39,6 +41,22 @@ type view struct {
 	ev  *attestor.Evidence
 	set *registry.Set
 	registry.Match
+}
+
+// issued is the last snapshot of SVIDs, and by what it was asked for.
+type issued struct {
+	ctx  *svid.X509Context
+	view *view
+}
+
+// remember keeps a snapshot as the last one.
+func (c *session) remember(snapshot *svid.X509Context, v *view) {
+	if m := c.issued.Load(); m != nil && m.ctx == snapshot && m.view == v {
+		return
+	}
+	if !closed(c.proc.Done()) { // else nobody would drop the keys
+		c.issued.Store(&issued{snapshot, v})
+	}
 }
 
 // verdict says why there is nothing to serve, nil if there is something.
@@ -244,7 +262,7 @@ func (s *Server) check(l *link) error {
 // due returns the last snapshot if one of its SVIDs wants renewal, which is
 // when evidence is gathered anew; nil else. A bundle that changed does not count.
 func (c *session) due() any {
-	m := c.x509.Load()
+	m := c.issued.Load()
 	if m == nil || !closed(m.ctx.Stale()) {
 		return nil
 	}

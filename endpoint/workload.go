@@ -5,6 +5,7 @@ import (
 	"errors"
 	"time"
 
+	"github.com/hashicorp/go-hclog"
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -50,13 +51,18 @@ func stream(name string, serve func(*Server, context.Context, *link, grpc.Server
 	}
 }
 
-func unary[In, Out any](name string, serve func(*Server, context.Context, *link, *In) (*Out, error)) grpc.MethodDesc {
-	full := &grpc.UnaryServerInfo{FullMethod: "/SpiffeWorkloadAPI/" + name}
+func unary[In, Out any](name string, serve func(*Server, context.Context, *link, *In) (Out, error)) grpc.MethodDesc {
+	return method("SpiffeWorkloadAPI", name, enterWorkload, serve)
+}
+
+func method[In, Out any](service, name string, enter func(context.Context) (*link, error),
+	serve func(*Server, context.Context, *link, *In) (Out, error)) grpc.MethodDesc {
+	full := &grpc.UnaryServerInfo{FullMethod: "/" + service + "/" + name}
 	return grpc.MethodDesc{
 		MethodName: name,
 		Handler: func(srv any, ctx context.Context, decode func(any) error, interceptor grpc.UnaryServerInterceptor) (any, error) {
 			s := srv.(*Server)
-			l, err := enterWorkload(ctx)
+			l, err := enter(ctx)
 			if err != nil {
 				return nil, workloadStatus(err)
 			}
@@ -87,6 +93,11 @@ func enterWorkload(ctx context.Context) (*link, error) {
 	if v := metadata.ValueFromIncomingContext(ctx, "workload.spiffe.io"); len(v) != 1 || v[0] != "true" {
 		return nil, errHeader
 	}
+	return enterPinned(ctx)
+}
+
+// enterPinned lets a call in that comes over a listener of ours.
+func enterPinned(ctx context.Context) (*link, error) {
 	l := linkOf(ctx)
 	if l == nil {
 		return nil, errForeign // not over a listener of ours: nobody is known behind it
@@ -120,16 +131,19 @@ func (s *Server) answer(l *link, method string, err error) error {
 // logDenial writes one line, rarely enough that a client that asks in a loop
 // does not fill the log.
 func (s *Server) logDenial(l *link, method string, err error) {
+	s.logRarely(l, hclog.Info, "workload denied", "method", method, "pid", l.Process().PID(), "uid", l.uid, "reason", err)
+}
+
+func (s *Server) logRarely(l *link, level hclog.Level, message string, args ...any) {
 	a := l.seat.account()
 	if !a.denials.Allow() {
 		a.unsaid.Add(1)
 		return
 	}
-	args := []any{"method", method, "pid", l.Process().PID(), "uid", l.uid, "reason", err}
 	if n := a.unsaid.Swap(0); n > 0 {
 		args = append(args, "unsaid", n)
 	}
-	s.Log.Info("workload denied", args...)
+	s.Log.Log(level, message, args...)
 }
 
 // logCall is for who looks for what a client does, or whether it comes at all.

@@ -27,12 +27,15 @@ type x509Message struct {
 // A state is what a client has, or is to be sent: the full state, and what
 // makes it old.
 type state struct {
-	body    encoded
-	view    *view
-	svids   []svid.X509     // X.509 streams only
-	stale   <-chan struct{} // SVIDs or bundles
-	entries <-chan struct{}
-	again   bool // something is unknown: ask again after a while
+	body     encoded
+	view     *view
+	svids    []svid.X509       // X.509 and secret streams only, as the next three
+	kept     []svid.X509       // those of them that the evidence neither confirms nor denies
+	bundles  *svid.Bundles     // at least those that the entries federate with
+	snapshot *svid.X509Context // if it is exactly that
+	stale    <-chan struct{}   // SVIDs or bundles
+	entries  <-chan struct{}
+	again    bool // something is unknown: ask again after a while
 }
 
 // fetchX509SVID is one loop: identify, send, wait, and back to identify.
@@ -43,16 +46,9 @@ func (s *Server) fetchX509SVID(ctx context.Context, l *link, st grpc.ServerStrea
 // stream sends states until the client or its process leaves, or there is
 // nothing to serve any more.
 func (s *Server) stream(ctx context.Context, l *link, st grpc.ServerStream, next func(context.Context, *link, *state) (*state, error)) error {
-	var (
-		has   *state // what the client has
-		delay pause
-		timer *time.Timer // stopped, or nil, while nothing is unknown
-	)
-	defer func() {
-		if timer != nil {
-			timer.Stop()
-		}
-	}()
+	var has *state // what the client has
+	var clock retry
+	defer clock.stop()
 	for {
 		now, err := next(ctx, l, has)
 		switch {
@@ -73,34 +69,68 @@ func (s *Server) stream(ctx context.Context, l *link, st grpc.ServerStream, next
 			_, has.entries = s.Registry.Set()
 			has.stale, has.again = nil, true
 		}
-		var again <-chan time.Time
-		if has.again {
-			d := delay.next()
-			if end := has.expires(); !end.IsZero() {
-				d = min(d, max(time.Until(end), 0)+time.Millisecond)
-			}
-			if timer == nil {
-				timer = time.NewTimer(d)
-			} else {
-				timer.Reset(d)
-			}
-			again = timer.C
-		} else {
-			delay.reset()
-		}
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-l.session.proc.Done():
-			l.GoAway(peer.ErrGone.Error()) // a child may hold the connection still
-			return peer.ErrGone
-		case <-s.stopping:
-			return errStopping
-		case <-has.stale:
-		case <-has.entries:
-		case <-again:
+		clock.set(has)
+		if _, err := s.wait(ctx, l, has, clock.again, nil); err != nil {
+			return err
 		}
 	}
+}
+
+// A retry says when a stream asks again for what is unknown.
+type retry struct {
+	delay pause
+	timer *time.Timer // stopped, or nil, while nothing is unknown
+	again <-chan time.Time
+}
+
+// set is for what the client has from now on.
+func (r *retry) set(has *state) {
+	r.stop()
+	r.again = nil
+	if !has.again {
+		r.delay.reset()
+		return
+	}
+	d := r.delay.next()
+	if end := has.expires(); !end.IsZero() {
+		d = min(d, max(time.Until(end), 0)+time.Millisecond)
+	}
+	if r.timer == nil {
+		r.timer = time.NewTimer(d)
+	} else {
+		r.timer.Reset(d)
+	}
+	r.again = r.timer.C
+}
+
+func (r *retry) stop() {
+	if r.timer != nil {
+		r.timer.Stop()
+	}
+}
+
+// wait returns when what the client has may be old, or with what the client
+// says; an error if the stream is to end. has is nil before anything was sent.
+func (s *Server) wait(ctx context.Context, l *link, has *state, again <-chan time.Time, said <-chan message) (*message, error) {
+	var stale, entries <-chan struct{}
+	if has != nil {
+		stale, entries = has.stale, has.entries
+	}
+	select {
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	case <-l.session.proc.Done():
+		l.GoAway(peer.ErrGone.Error()) // a child may hold the connection still
+		return nil, peer.ErrGone
+	case <-s.stopping:
+		return nil, errStopping
+	case <-stale:
+	case <-entries:
+	case <-again:
+	case m := <-said:
+		return &m, m.err
+	}
+	return nil, nil
 }
 
 // later is an error for a client that had an identity until now: whatever the
@@ -128,9 +158,23 @@ func (st *state) lives(now time.Time) bool {
 	return end.IsZero() || now.Before(end)
 }
 
-// x509State returns the SVIDs that the process is entitled to now, and those
-// that it had and that the evidence neither confirms nor denies.
+// x509State is holdings as the Workload API has them.
 func (s *Server) x509State(ctx context.Context, l *link, has *state) (*state, error) {
+	next, err := s.holdings(ctx, l, has)
+	if err != nil {
+		return nil, err
+	}
+	if next.snapshot != nil {
+		next.body, err = l.session.x509Body(next.snapshot, next.view)
+	} else {
+		next.body, err = encodeX509(next.svids, next.bundles)
+	}
+	return next, err
+}
+
+// holdings returns the SVIDs that the process is entitled to now, and those
+// that it had and that the evidence neither confirms nor denies.
+func (s *Server) holdings(ctx context.Context, l *link, has *state) (*state, error) {
 	v, entries, err := s.identify(ctx, l, l.session.due())
 	if err != nil {
 		return nil, err
@@ -143,42 +187,40 @@ func (s *Server) x509State(ctx context.Context, l *link, has *state) (*state, er
 		}
 		return nil, verdict
 	}
-	next := &state{view: v, entries: entries, again: len(v.Unknown) > 0 || len(kept) > 0}
-	if verdict == nil {
-		if err := s.charge(ctx, l, v, has != nil); err != nil {
-			return nil, err
-		}
-		before := l.session.x509.Load()
-		snapshot, err := s.Keeper.X509(ctx, l.session.holder, v.Entries)
-		if err != nil {
-			return nil, err
-		}
-		if before == nil || before.ctx != snapshot {
-			// Signing may have waited: whoever reads the answer is still the one.
-			if err := s.check(l); err != nil {
-				return nil, err
-			}
-		}
-		next.stale = snapshot.Stale()
-		if len(kept) == 0 {
-			next.svids = snapshot.SVIDs
-			next.body, err = l.session.x509Body(snapshot, v)
-			return next, err
-		}
-		next.svids = v.merge(snapshot.SVIDs, kept)
-		next.body, err = encodeX509(next.svids, snapshot.Bundles)
-		return next, err
+	next := &state{view: v, entries: entries, kept: kept, again: len(v.Unknown) > 0 || len(kept) > 0}
+	if verdict != nil {
+		next.bundles, next.stale = s.Authority.Bundles()
+		next.svids = kept
+		return next, nil
 	}
-	bundles, stale := s.Authority.Bundles()
-	next.stale, next.svids = stale, kept
-	next.body, err = encodeX509(kept, bundles)
-	return next, err
+	if err := s.charge(ctx, l, v, has != nil); err != nil {
+		return nil, err
+	}
+	before := l.session.issued.Load()
+	snapshot, err := s.Keeper.X509(ctx, l.session.holder, v.Entries)
+	if err != nil {
+		return nil, err
+	}
+	if before == nil || before.ctx != snapshot {
+		// Signing may have waited: whoever reads the answer is still the one.
+		if err := s.check(l); err != nil {
+			return nil, err
+		}
+	}
+	l.session.remember(snapshot, v)
+	next.stale, next.bundles = snapshot.Stale(), snapshot.Bundles
+	if len(kept) == 0 {
+		next.svids, next.snapshot = snapshot.SVIDs, snapshot
+	} else {
+		next.svids = v.merge(snapshot.SVIDs, kept)
+	}
+	return next, nil
 }
 
 // charge takes what the issuing costs from the budget, if there is anything
 // to issue.
 func (s *Server) charge(ctx context.Context, l *link, v *view, wait bool) error {
-	if m := l.session.x509.Load(); m != nil && m.view == v && !closed(m.ctx.Stale()) {
+	if m := l.session.issued.Load(); m != nil && m.view == v && !closed(m.ctx.Stale()) {
 		return nil
 	}
 	return l.seat.account().mint(ctx, len(v.Entries), wait)

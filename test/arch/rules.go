@@ -61,6 +61,7 @@ var keepers = map[string][]string{
 	"github.com/spf13/cobra":      {"cmd/deputy"},
 	"github.com/fsnotify":         {"cmd/deputy"},
 	"modernc.org/sqlite":          {"svid/registry"},
+	"github.com/envoyproxy":       {"endpoint"},
 	"google.golang.org/grpc":      {"endpoint", "plugins/", "proto/", "cmd/deputy"},
 	"github.com/spiffe/spire-api": {"endpoint", "proto/", "cmd/deputy"},
 

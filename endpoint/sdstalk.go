@@ -1,0 +1,378 @@
+package endpoint
+
+import (
+	"cmp"
+	"maps"
+	"slices"
+	"strconv"
+	"strings"
+	"unicode"
+	"unicode/utf8"
+
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	"google.golang.org/genproto/googleapis/rpc/status"
+	"google.golang.org/grpc/mem"
+	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/structpb"
+)
+
+// A talk is one stream of SDS in one of the two ways in which xDS is spoken.
+type talk interface {
+	// request returns an empty message of the kind that the client sends.
+	request() proto.Message
+	// take hears the client. It reports whether there may be something to say.
+	take(proto.Message) (bool, error)
+	// say returns what the client does not have yet, nil if that is nothing.
+	say(*secrets) (mem.BufferSlice, error)
+}
+
+// A mark is what the client has under one name.
+type mark struct {
+	version string
+	kind    kind
+	given   bool // on this stream, by us; else it is what the client said that it has
+	absent  bool // what it has is the word that there is nothing
+	again   bool // it is to be sent even if it is the same
+}
+
+// talker is what both kinds of talk share: what was asked for and what was
+// sent. It keeps versions and no secrets.
+type talker struct {
+	s       *Server
+	l       *link
+	plain   bool // the client does not have the SPIFFE validator
+	begun   bool
+	sub     subscription
+	has     map[string]mark
+	nonce   uint64 // of the last response; those of this stream count from 1
+	refused uint64 // the last nonce whose refusal was logged
+}
+
+// begin takes from the first request what holds for the whole stream: a node
+// is the same whenever it is said again, or it is not listened to.
+func (t *talker) begin(n *corev3.Node) {
+	t.begun = true
+	t.has = make(map[string]mark)
+	t.plain = t.s.plain(n)
+}
+
+func checkType(url string) error {
+	if url != "" && url != secretType { // on a service with one type it is implied
+		return invalid("type_url %.100q is not %s", url, secretType)
+	}
+	return nil
+}
+
+// answers reports whether a nonce is of our last response.
+func (t *talker) answers(nonce string) bool {
+	return t.nonce > 0 && nonce == strconv.FormatUint(t.nonce, 10)
+}
+
+// hear logs that the last response was refused, once. It is not sent again
+// before it has changed.
+func (t *talker) hear(nonce string, refusal *status.Status) {
+	if refusal == nil || !t.answers(nonce) || t.refused == t.nonce {
+		return
+	}
+	t.refused = t.nonce
+	t.s.logRefusal(t.l, refusal.Code, legible(refusal.Message))
+}
+
+// legible cuts foreign text to what belongs into one line of a log.
+func legible(s string) string {
+	const most = 300
+	if len(s) > most {
+		s = s[:most] + "..."
+	}
+	return strings.Map(func(r rune) rune {
+		if r == utf8.RuneError || !unicode.IsPrint(r) {
+			return '?'
+		}
+		return r
+	}, s)
+}
+
+// forget drops what was sent under names that are not wanted any more: the
+// client may have forgotten it too.
+func (t *talker) forget() {
+	maps.DeleteFunc(t.has, func(name string, _ mark) bool { return !t.sub.wants(name) })
+}
+
+// wanted are the names to look at: those asked for, and with a wildcard all
+// that are there or were sent.
+func (t *talker) wanted(now *secrets) []string {
+	if !t.sub.all {
+		return t.sub.of(nil)
+	}
+	return t.sub.of(slices.AppendSeq(now.names(t.plain), maps.Keys(t.has)))
+}
+
+// pick returns what the client is to have under a name: the secret, a
+// tombstone where it was sent a secret that is withdrawn, or nil. A key that
+// the evidence does not confirm stays where it is and goes nowhere else.
+func (t *talker) pick(now *secrets, name string) (*resource, error) {
+	had := t.has[name]
+	r, err := now.get(name, t.plain)
+	switch {
+	case err != nil:
+		return nil, err
+	case r != nil && (!r.kept || had.given && had.version == r.version):
+		return r, nil
+	case had.given:
+		return t.s.graves.tombstone(name, had.kind, t.plain)
+	}
+	return nil, nil
+}
+
+func (t *talker) keep(r *resource) {
+	t.has[r.name] = mark{version: r.version, kind: r.kind, given: true}
+}
+
+// nextNonce names the next response.
+func (t *talker) nextNonce() string {
+	t.nonce++
+	return strconv.FormatUint(t.nonce, 10)
+}
+
+// sotw is the talk of StreamSecrets. A response holds all secrets that the
+// client asked for, and comes when one of them changed; the protocol would
+// allow it to hold only the changed, which some clients take for a withdrawal
+// of the rest.
+type sotw struct {
+	talker
+	owed bool // the first request is answered, were it with nothing
+}
+
+func (t *sotw) request() proto.Message { return new(discoveryv3.DiscoveryRequest) }
+
+func (t *sotw) take(m proto.Message) (bool, error) {
+	in := m.(*discoveryv3.DiscoveryRequest)
+	if err := checkType(in.TypeUrl); err != nil {
+		return false, err
+	}
+	switch n := in.ResponseNonce; {
+	case !t.begun:
+		t.begin(in.Node)
+		t.owed = true
+	case n != "" && !t.answers(n):
+		return false, nil // said before it had our last response
+	}
+	t.hear(in.ResponseNonce, in.ErrorDetail)
+	grown, err := t.sub.replace(in.ResourceNames)
+	if err != nil {
+		return false, err
+	}
+	t.forget()
+	return grown || t.owed, nil
+}
+
+func (t *sotw) say(now *secrets) (mem.BufferSlice, error) {
+	var all []*resource
+	changed := t.owed
+	for _, name := range t.wanted(now) {
+		r, err := t.pick(now, name)
+		if err != nil {
+			return nil, err
+		}
+		if r != nil {
+			all = append(all, r)
+			changed = changed || r.version != t.has[name].version
+		}
+	}
+	if !changed {
+		return nil, nil
+	}
+	t.owed = false
+	for _, r := range all {
+		t.keep(r)
+	}
+	return discovery(all, t.nextNonce()), nil
+}
+
+// discovery is a DiscoveryResponse.
+func discovery(all []*resource, nonce string) mem.BufferSlice {
+	var own []byte
+	out := make(mem.BufferSlice, 0, 2*len(all)+1)
+	for _, r := range all {
+		from := len(own)
+		own = appendLength(own, fieldResources, len(r.any))
+		out = append(out, mem.SliceBuffer(own[from:]), mem.SliceBuffer(r.any))
+	}
+	from := len(own)
+	own = appendText(own, fieldVersion, versionOf(all))
+	own = appendText(own, fieldType, secretType)
+	own = appendText(own, fieldNonce, nonce)
+	return append(out, mem.SliceBuffer(own[from:]))
+}
+
+// delta is the talk of DeltaSecrets. A response holds only what changed.
+type delta struct {
+	talker
+	gone map[string]struct{} // names whose absence is to be said although nobody subscribes to them
+}
+
+func (t *delta) request() proto.Message { return new(discoveryv3.DeltaDiscoveryRequest) }
+
+func (t *delta) take(m proto.Message) (bool, error) {
+	in := m.(*discoveryv3.DeltaDiscoveryRequest)
+	if err := checkType(in.TypeUrl); err != nil {
+		return false, err
+	}
+	first := !t.begun
+	if first {
+		t.begin(in.Node)
+	}
+	// A subscription counts whatever the nonce; it only tells which response
+	// was refused.
+	t.hear(in.ResponseNonce, in.ErrorDetail)
+	ask := first
+	if first && len(in.ResourceNamesSubscribe)+len(in.ResourceNamesUnsubscribe) == 0 {
+		t.sub.all = true
+	}
+	for _, name := range in.ResourceNamesSubscribe {
+		if _, err := t.sub.add(name); err != nil {
+			return false, err
+		}
+		// It is sent even if it was sent before: the client may have forgotten it.
+		if had, ok := t.has[name]; ok {
+			had.again, had.absent = true, false
+			t.has[name] = had
+		}
+		ask = true
+	}
+	for _, name := range in.ResourceNamesUnsubscribe {
+		if t.sub.all && name != wildcard && t.sub.has(name) {
+			// Whether the wildcard has it still is to be said in any case.
+			delete(t.has, name)
+			if t.gone == nil {
+				t.gone = make(map[string]struct{})
+			}
+			t.gone[name] = struct{}{}
+			ask = true
+		}
+		t.sub.remove(name)
+	}
+	if first {
+		if err := t.recall(in.InitialResourceVersions); err != nil {
+			return false, err
+		}
+	}
+	t.forget()
+	return ask, nil
+}
+
+// recall takes what the client has from an earlier stream.
+func (t *delta) recall(versions map[string]string) error {
+	var bound subscription
+	for name, version := range versions {
+		if !t.sub.wants(name) {
+			continue
+		}
+		if _, err := bound.add(name); err != nil {
+			return err
+		}
+		if len(version) <= 64 { // a longer one is not ours
+			t.has[name] = mark{version: version}
+		} else {
+			t.has[name] = mark{}
+		}
+	}
+	return nil
+}
+
+func (t *delta) say(now *secrets) (mem.BufferSlice, error) {
+	var changed []*resource
+	var removed []string
+	names := t.wanted(now)
+	for name := range t.gone {
+		if _, ok := slices.BinarySearch(names, name); !ok {
+			names = append(names, name)
+		}
+	}
+	for _, name := range names {
+		r, err := t.pick(now, name)
+		if err != nil {
+			return nil, err
+		}
+		had := t.has[name]
+		switch {
+		case r == nil && !had.absent:
+			removed = append(removed, name)
+		case r != nil && (r.version != had.version || had.again):
+			changed = append(changed, r)
+		}
+	}
+	t.gone = nil
+	if len(changed)+len(removed) == 0 {
+		return nil, nil
+	}
+	for _, r := range changed {
+		t.keep(r)
+	}
+	for _, name := range removed {
+		if t.sub.has(name) {
+			t.has[name] = mark{absent: true}
+		} else {
+			delete(t.has, name)
+		}
+	}
+	return deltaDiscovery(changed, removed, t.nextNonce()), nil
+}
+
+// deltaDiscovery is a DeltaDiscoveryResponse.
+func deltaDiscovery(changed []*resource, removed []string, nonce string) mem.BufferSlice {
+	var own []byte
+	out := make(mem.BufferSlice, 0, 2*len(changed)+1)
+	for _, r := range changed {
+		from := len(own)
+		n := protowire.SizeTag(fieldResourceVersion) + protowire.SizeBytes(len(r.version)) +
+			protowire.SizeTag(fieldResourceName) + protowire.SizeBytes(len(r.name)) +
+			protowire.SizeTag(fieldResourceAny) + protowire.SizeBytes(len(r.any))
+		own = appendLength(own, fieldResources, n)
+		own = appendText(own, fieldResourceVersion, r.version)
+		own = appendText(own, fieldResourceName, r.name)
+		own = appendLength(own, fieldResourceAny, len(r.any))
+		out = append(out, mem.SliceBuffer(own[from:]), mem.SliceBuffer(r.any))
+	}
+	from := len(own)
+	own = appendText(own, fieldVersion, versionOf(changed))
+	own = appendText(own, fieldType, secretType)
+	own = appendText(own, fieldNonce, nonce)
+	for _, name := range removed {
+		own = appendText(own, fieldRemoved, name)
+	}
+	return append(out, mem.SliceBuffer(own[from:]))
+}
+
+// versionOf is the version of secrets together, of which there are few.
+func versionOf(all []*resource) string {
+	switch len(all) {
+	case 0:
+		return "0"
+	case 1:
+		return all[0].version
+	}
+	return digest(all)
+}
+
+// plain reports whether a client is to have plain validation contexts: the
+// SPIFFE validator came with Envoy 1.18, and the node or the configuration may
+// do without. The node's own word counts most.
+func (s *Server) plain(n *corev3.Node) bool {
+	const key = "disable_spiffe_cert_validation"
+	if v := n.GetUserAgentBuildVersion().GetVersion(); v != nil {
+		if cmp.Or(cmp.Compare(v.MajorNumber, 1), cmp.Compare(v.MinorNumber, 17)) <= 0 {
+			return true
+		}
+	}
+	v := n.GetMetadata().GetFields()[key]
+	if b, err := strconv.ParseBool(v.GetStringValue()); err == nil {
+		return b
+	}
+	if _, ok := v.GetKind().(*structpb.Value_BoolValue); ok {
+		return v.GetBoolValue()
+	}
+	return s.PlainValidation
+}

@@ -43,11 +43,12 @@ type Config struct {
 	WorkloadSocket Socket
 	AdminSocket    AdminSocket
 	Authority      Local
-	Docker         *Docker    // nil: the file does not list it
-	Systemd        *Systemd   // likewise
-	Claims         *Claims    // nil: tokens carry none beside the standard's
+	Docker         *Docker  // nil: the file does not list it
+	Systemd        *Systemd // likewise
+	Claims         *Claims  // nil: tokens carry none beside the standard's
+	SDS            SDS
 	OIDCDiscovery  *Discovery // nil: not served
-	Entries        []Entry    // in the order of the file
+	Entries        []Entry // in the order of the file
 }
 
 // LogFormat is how log lines are written.

@@ -93,11 +93,6 @@ attestor "docker" {
 }
 attestor "systemd" {}
 claims { unmapped = "omit" } # read elsewhere
-oidc_discovery {
-  address   = "0.0.0.0:8444"
-  cert_file = "/etc/deputy/tls.crt"
-  key_file  = "/etc/deputy/tls.key"
-}
 
 entry "spiffe://example.org/agent/{{unix.user}}" {
   selectors      = ["unix:uid:1000", "docker:label:a:$${b}"]
@@ -110,6 +105,18 @@ entry "spiffe://example.org/agent/{{unix.user}}" {
   instance       = true
   allow_traced   = true
   jwt_fresh      = false
+}
+
+sds {
+  default_svid_name              = "own"
+  default_bundle_name            = "root"
+  default_all_bundles_name       = "roots"
+  disable_spiffe_cert_validation = true
+}
+oidc_discovery {
+  address   = "0.0.0.0:8444"
+  cert_file = "/etc/deputy/tls.crt"
+  key_file  = "/etc/deputy/tls.key"
 }
 `)
 	c, warnings, err := Load(path, base(t))
@@ -129,6 +136,7 @@ entry "spiffe://example.org/agent/{{unix.user}}" {
 		a.CATTL.Value, a.KeyType.Value, a.WorkloadKeyType.Value, a.Keys.Value,
 		a.UpstreamCert.Value, a.UpstreamKey.Value, a.UpstreamBundle.Value, a.JWTIssuer.Value,
 		c.Docker.Socket.Value, values(c.Docker.Env), c.Systemd != nil,
+		c.SDS.DefaultSVIDName.Value, c.SDS.DefaultBundleName.Value, c.SDS.DefaultAllBundlesName.Value, c.SDS.DisableSPIFFECertValidation.Value,
 		e.Path.Value, values(e.Selectors), e.X509TTL.Value, e.JWTTTL.Value, values(e.DNSNames), e.Hint.Value,
 		e.FederatesWith[0].Value.Name(), values(e.Audiences), e.Instance.Value, e.AllowTraced.Value, e.JWTFresh.Value,
 		c.OIDCDiscovery.Address.Value, c.OIDCDiscovery.CertFile.Value, c.OIDCDiscovery.KeyFile.Value,
@@ -139,6 +147,7 @@ entry "spiffe://example.org/agent/{{unix.user}}" {
 		48 * time.Hour, "ec-p384", "rsa-2048", Memory,
 		"/etc/deputy/ca.pem", "/etc/deputy/ca.key", "/etc/deputy/root.pem", "https://issuer.example.org/x",
 		"/run/other.sock", []string{"ROLE"}, true,
+		"own", "root", "roots", true,
 		"/agent/{{unix.user}}", []string{"unix:uid:1000", "docker:label:a:${b}"}, 8 * time.Hour, 5 * time.Minute, []string{"b", "a"}, "main",
 		"other.org", []string{"x", "y"}, true, true, false,
 		"0.0.0.0:8444", "/etc/deputy/tls.crt", "/etc/deputy/tls.key",
@@ -152,11 +161,11 @@ entry "spiffe://example.org/agent/{{unix.user}}" {
 	if got := c.Claims; got == nil || got.Text != ` unmapped = "omit" ` || got.Start.Line != 27 || got.Start.Column != 9 {
 		t.Errorf("got claims %+v, want the text between the braces with its place", got)
 	}
-	if got := e.Selectors[1].Range.Start; got.Line != 35 || got.Column != 38 {
-		t.Errorf("second selector: got %d:%d, want 35:38", got.Line, got.Column)
+	if got := e.Selectors[1].Range.Start; got.Line != 30 || got.Column != 38 {
+		t.Errorf("second selector: got %d:%d, want 30:38", got.Line, got.Column)
 	}
-	if got := e.At("hint").Start.Line; got != 39 {
-		t.Errorf("hint: got line %d, want 39", got)
+	if got := e.At("hint").Start.Line; got != 34 {
+		t.Errorf("hint: got line %d, want 34", got)
 	}
 	if got := e.At("nothing"); got != e.Range {
 		t.Errorf("a key that is not there: got %v, want the header", got)
@@ -170,7 +179,7 @@ func TestWhatTheFileDoesNotSetIsTheDefault(t *testing.T) {
 		t.Fatalf("got %v, %v", warnings, err)
 	}
 	if got.TrustDomain != want.TrustDomain || got.DataDir != want.DataDir || got.Authority != want.Authority ||
-		got.WorkloadSocket != want.WorkloadSocket || got.AdminSocket != want.AdminSocket || got.LogLevel != want.LogLevel {
+		got.WorkloadSocket != want.WorkloadSocket || got.AdminSocket != want.AdminSocket || got.SDS != want.SDS || got.LogLevel != want.LogLevel {
 		t.Errorf("got %+v, want %+v", got, want)
 	}
 	if got.TrustDomain.Given() {

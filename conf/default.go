@@ -33,6 +33,7 @@ func Default(root bool, getenv func(string) string) (*Config, error) {
 			WorkloadKeyType: setting("ec-p256"),
 			Keys:            setting(Disk),
 		},
+		SDS: defaultSDS(),
 	}, nil
 }
 

@@ -120,6 +120,7 @@ func (l *loader) file(body *hclsyntax.Body) {
 				c.Claims = &Claims{b.DefRange(), string(l.src[start.Byte:b.CloseBraceRange.Start.Byte]), start}
 			}
 		},
+		"sds":            l.sds,
 		"oidc_discovery": l.discovery,
 		"entry":          func(b *hclsyntax.Block) { entries = append(entries, b) },
 	})

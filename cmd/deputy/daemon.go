@@ -104,6 +104,9 @@ func (d *daemon) run(ctx context.Context) (err error) {
 		Federation:  authority,
 		Names:       src.names,
 		AdminGroup:  group,
+
+		SecretNames:     secretNames(c),
+		PlainValidation: c.SDS.DisableSPIFFECertValidation.Value,
 	})
 
 	if err := makeDirs(c, group); err != nil {
@@ -179,6 +182,14 @@ func authorityOptions(c *conf.Config, log hclog.Logger) local.Options {
 		JWTIssuer:   a.JWTIssuer.Value,
 		Upstream:    local.Upstream{Cert: a.UpstreamCert.Value, Key: a.UpstreamKey.Value, Bundle: a.UpstreamBundle.Value},
 		Log:         log,
+	}
+}
+
+func secretNames(c *conf.Config) endpoint.SecretNames {
+	return endpoint.SecretNames{
+		SVID:       c.SDS.DefaultSVIDName.Value,
+		Bundle:     c.SDS.DefaultBundleName.Value,
+		AllBundles: c.SDS.DefaultAllBundlesName.Value,
 	}
 }
 

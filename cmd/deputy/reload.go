@@ -181,6 +181,7 @@ func needRestart(was, is *conf.Config) []string {
 	differ("oidc_discovery", discoveryValues(was), discoveryValues(is))
 	differ("attestor docker", dockerValues(was), dockerValues(is))
 	differ("attestor systemd", was.Systemd != nil, is.Systemd != nil)
+	differ("sds", []any{secretNames(was), was.SDS.DisableSPIFFECertValidation.Value}, []any{secretNames(is), is.SDS.DisableSPIFFECertValidation.Value})
 	return keys
 }
 

@@ -12,6 +12,8 @@ import (
 	"syscall"
 	"testing"
 
+	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	secretv3 "github.com/envoyproxy/go-control-plane/envoy/service/secret/v3"
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 	"golang.org/x/sys/unix"
@@ -29,6 +31,8 @@ import (
 //	count:SOCKET   count entries, print the code
 //	exec:SOCKET    hold a stream, and execute another program once it has an answer
 //	later:SOCKET   the same, but when its input ends
+//	sds:SOCKET     hold a stream of secrets, print the names of each response
+//	sdsexec:SOCKET the same, and execute another program once it has one
 //	SOCKET         hold a stream, print a line for each message
 func client() int {
 	what, socket, ok := strings.Cut(os.Getenv("ENDPOINT_TEST_CLIENT"), ":")
@@ -42,7 +46,7 @@ func client() int {
 	c, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) {
 			conn, err := net.Dial("unix", socket)
-			if err == nil && what == "exec" {
+			if err == nil && strings.HasSuffix(what, "exec") {
 				keepAcrossExec(conn.(*net.UnixConn))
 			}
 			return conn, err
@@ -54,6 +58,9 @@ func client() int {
 	if what == "count" {
 		fmt.Println(status.Code(count(entryv1.NewEntryClient(c))))
 		return 0
+	}
+	if strings.HasPrefix(what, "sds") {
+		return secretsClient(c, what)
 	}
 	ctx := metadata.AppendToOutgoingContext(context.Background(), "workload.spiffe.io", "true")
 	st, err := workload.NewSpiffeWorkloadAPIClient(c).FetchX509SVID(ctx, &workload.X509SVIDRequest{})
@@ -78,9 +85,39 @@ func client() int {
 			io.Copy(io.Discard, os.Stdin)
 		}
 		if what == "exec" || what == "later" {
-			err := syscall.Exec("/bin/sh", []string{"sh", "-c", "echo executed; cat >/dev/null"}, nil)
-			fmt.Println(err)
+			return execute()
+		}
+	}
+}
+
+func execute() int {
+	err := syscall.Exec("/bin/sh", []string{"sh", "-c", "echo executed; cat >/dev/null"}, nil)
+	fmt.Println(err)
+	return 1
+}
+
+func secretsClient(c *grpc.ClientConn, what string) int {
+	st, err := secretv3.NewSecretDiscoveryServiceClient(c).StreamSecrets(context.Background())
+	if err == nil {
+		err = st.Send(&discoveryv3.DiscoveryRequest{ResourceNames: []string{"default"}})
+	}
+	if err != nil {
+		fmt.Println("open", err)
+		return 1
+	}
+	go func() {
+		io.Copy(io.Discard, os.Stdin)
+		os.Exit(0)
+	}()
+	for {
+		r, err := st.Recv()
+		if err != nil {
+			fmt.Println(status.Code(err))
 			return 1
+		}
+		fmt.Println(len(r.Resources), "secrets")
+		if what == "sdsexec" {
+			return execute()
 		}
 	}
 }

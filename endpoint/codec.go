@@ -17,9 +17,9 @@ type encoded []byte
 // nothing is a request message without fields, checked but not kept.
 type nothing struct{}
 
-// codec is gRPC's own for protocol buffers, except that encoded, and the pieces
-// of a response that are shared likewise, pass through as they are and nothing
-// is not allocated.
+// codec is gRPC's own for protocol buffers, except that encoded passes through
+// as it is in both directions, the pieces of a response that are shared likewise
+// do so on their way out, and nothing is not allocated.
 type codec struct {
 	encoding.CodecV2
 }
@@ -37,11 +37,15 @@ func (c codec) Marshal(v any) (mem.BufferSlice, error) {
 }
 
 func (c codec) Unmarshal(data mem.BufferSlice, v any) error {
-	if _, ok := v.(*nothing); ok {
+	switch v := v.(type) {
+	case *nothing:
 		if data.Len() == 0 {
 			return nil
 		}
 		return checkWire(data.Materialize())
+	case *encoded:
+		*v = data.Materialize() // a copy
+		return nil
 	}
 	return c.CodecV2.Unmarshal(data, v)
 }

@@ -395,6 +395,19 @@ func TestUnknownEvidence(t *testing.T) {
 		}
 		recv(t, st, "/container", "/later")
 	})
+	t.Run("what is kept keeps its federated bundles", func(t *testing.T) {
+		w := start(t)
+		w.federate(foreign)
+		w.entry("/container", federating, image)
+		w.evidence.set(known)
+		st := x509Stream(t, w.workloadAPI())
+		recv(t, st, "/container")
+		w.evidence.set(unknown)
+		w.entry("/user", nil, mine)
+		if r := recv(t, st, "/container", "/user"); len(r.FederatedBundles[foreign.IDString()]) == 0 {
+			t.Error("the bundle is gone")
+		}
+	})
 	t.Run("deleted entry goes although its kind is unknown", func(t *testing.T) {
 		w := start(t)
 		container := w.entry("/container", nil, image)

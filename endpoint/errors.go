@@ -41,6 +41,8 @@ type fault struct {
 func (f *fault) Error() string { return f.text }
 func (f *fault) Unwrap() error { return f.kind }
 
+var errMalformed = invalid("malformed request")
+
 func invalid(format string, args ...any) error {
 	return &fault{errInvalid, fmt.Sprintf(format, args...)}
 }
@@ -149,7 +151,7 @@ func decodeStatus(err error) error {
 	if s, ok := status.FromError(err); ok && s.Code() != codes.Internal {
 		return s.Err()
 	}
-	return status.Error(codes.InvalidArgument, "malformed request")
+	return status.Error(codes.InvalidArgument, errMalformed.Error())
 }
 
 // passing reports whether the cause of an error may go away by itself while

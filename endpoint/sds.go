@@ -15,7 +15,6 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/mem"
-	"google.golang.org/protobuf/proto"
 
 	"github.com/deputy-id/deputy/svid"
 )
@@ -46,15 +45,21 @@ func secretStream(name string, begin func(talker) talk) grpc.StreamDesc {
 			if err != nil {
 				return workloadStatus(err)
 			}
-			return s.answer(l, name, s.converse(st.Context(), l, st, name, begin(talker{s: s, l: l})))
+			return s.answer(l, name, s.converse(st.Context(), l, st, name, begin(s.talker(l))))
 		},
 	}
 }
 
+func (s *Server) talker(l *link) talker {
+	return talker{s: s, log: func(message string, args ...any) {
+		s.logRarely(l, hclog.Warn, message, append(args, "pid", l.Process().PID(), "uid", l.uid)...)
+	}}
+}
+
 // fetchSecrets answers once.
 func (s *Server) fetchSecrets(ctx context.Context, l *link, in *discoveryv3.DiscoveryRequest) (mem.BufferSlice, error) {
-	t := &sotw{talker: talker{s: s, l: l}}
-	if _, err := t.take(in); err != nil {
+	t := &sotw{talker: s.talker(l)}
+	if _, err := t.heed(in); err != nil {
 		return nil, err
 	}
 	now, err := s.holdings(ctx, l, nil)
@@ -66,23 +71,19 @@ func (s *Server) fetchSecrets(ctx context.Context, l *link, in *discoveryv3.Disc
 
 // A message is what a client says on a stream, or why it says no more.
 type message struct {
-	proto.Message
-	err error
+	body encoded
+	err  error
 }
 
 // listen reads what the client says, one message at a time, until the stream
-// ends.
-func listen(ctx context.Context, st grpc.ServerStream, request func() proto.Message) <-chan message {
+// ends. It leaves the decoding to others: gRPC would end the stream by itself,
+// with a code that the client cannot know for its own fault.
+func listen(ctx context.Context, st grpc.ServerStream) <-chan message {
 	said := make(chan message)
 	go func() {
 		for {
-			m := message{Message: request()}
-			switch err := st.RecvMsg(m.Message); {
-			case errors.Is(err, io.EOF):
-				m.err = io.EOF
-			case err != nil:
-				m.err = decodeStatus(err)
-			}
+			var m message
+			m.err = st.RecvMsg(&m.body)
 			select {
 			case said <- m:
 			case <-ctx.Done(): // the handler has returned
@@ -104,7 +105,7 @@ func listen(ctx context.Context, st grpc.ServerStream, request func() proto.Mess
 // What is sent and not read is bounded by gRPC's flow control, which then holds
 // up this stream alone.
 func (s *Server) converse(ctx context.Context, l *link, st grpc.ServerStream, name string, t talk) error {
-	said := listen(ctx, st, t.request)
+	said := listen(ctx, st)
 	var has *state // what was looked at last
 	var clock retry
 	defer clock.stop()
@@ -116,7 +117,7 @@ func (s *Server) converse(ctx context.Context, l *link, st grpc.ServerStream, na
 		case err != nil:
 			return err
 		case m != nil:
-			if ask, err := t.take(m.Message); err != nil {
+			if ask, err := t.take(m.body); err != nil {
 				return err
 			} else if !ask {
 				continue
@@ -206,9 +207,4 @@ func (s *Server) secretsOf(l *link, st *state) *secrets {
 		c.secrets.Store(m)
 	}
 	return m
-}
-
-// logRefusal says that Envoy did not take what it was sent.
-func (s *Server) logRefusal(l *link, code int32, reason string) {
-	s.logRarely(l, hclog.Warn, "client refused secrets", "pid", l.Process().PID(), "uid", l.uid, "code", codes.Code(code).String(), "reason", reason)
 }

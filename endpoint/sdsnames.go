@@ -29,29 +29,28 @@ func (s *subscription) wants(name string) bool {
 	return ok || s.all
 }
 
-// add subscribes to one more name. It reports whether that is new.
-func (s *subscription) add(name string) (bool, error) {
+// add subscribes to one more name.
+func (s *subscription) add(name string) error {
 	s.named = true
 	if name == wildcard {
-		was := s.all
 		s.all = true
-		return !was, nil
+		return nil
 	}
-	if _, ok := s.names[name]; ok {
-		return false, nil
+	if s.has(name) {
+		return nil
 	}
 	switch {
 	case len(s.names) >= maxSecretNames:
-		return false, invalid("more than %d resource names", maxSecretNames)
+		return invalid("more than %d resource names", maxSecretNames)
 	case s.bytes+len(name) > maxSecretBytes:
-		return false, invalid("resource names are longer than %d bytes together", maxSecretBytes)
+		return invalid("resource names are longer than %d bytes together", maxSecretBytes)
 	}
 	if s.names == nil {
 		s.names = make(map[string]struct{})
 	}
 	s.names[name] = struct{}{}
 	s.bytes += len(name)
-	return true, nil
+	return nil
 }
 
 func (s *subscription) remove(name string) {
@@ -63,20 +62,25 @@ func (s *subscription) remove(name string) {
 	}
 }
 
-// replace subscribes to these names instead of those before. It reports
-// whether some are new.
-func (s *subscription) replace(names []string) (bool, error) {
+// replace subscribes to these names instead of those before. It returns those
+// that are new; the wildcard is one, said or not.
+func (s *subscription) replace(names []string) (grown []string, err error) {
 	next := subscription{named: s.named}
-	grown := false
 	for _, name := range names {
-		if _, err := next.add(name); err != nil {
-			return false, err
+		if err := next.add(name); err != nil {
+			return nil, err
 		}
-		grown = grown || name == wildcard && !s.all || name != wildcard && !s.has(name)
 	}
 	if !next.named {
 		next.all = true
-		grown = !s.all
+	}
+	for name := range next.names {
+		if !s.has(name) {
+			grown = append(grown, name)
+		}
+	}
+	if next.all && !s.all {
+		grown = append(grown, wildcard)
 	}
 	*s = next
 	return grown, nil

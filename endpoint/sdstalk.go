@@ -12,6 +12,7 @@ import (
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"google.golang.org/genproto/googleapis/rpc/status"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/mem"
 	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
@@ -20,10 +21,9 @@ import (
 
 // A talk is one stream of SDS in one of the two ways in which xDS is spoken.
 type talk interface {
-	// request returns an empty message of the kind that the client sends.
-	request() proto.Message
-	// take hears the client. It reports whether there may be something to say.
-	take(proto.Message) (bool, error)
+	// take hears the client's message. It reports whether there may be something
+	// to say.
+	take(encoded) (bool, error)
 	// say returns what the client does not have yet, nil if that is nothing.
 	say(*secrets) (mem.BufferSlice, error)
 }
@@ -41,13 +41,14 @@ type mark struct {
 // sent. It keeps versions and no secrets.
 type talker struct {
 	s       *Server
-	l       *link
+	log     func(message string, args ...any)
 	plain   bool // the client does not have the SPIFFE validator
 	begun   bool
 	sub     subscription
 	has     map[string]mark
 	nonce   uint64 // of the last response; those of this stream count from 1
 	refused uint64 // the last nonce whose refusal was logged
+	unfit   bool   // it was logged that all bundles are not to be had
 }
 
 // begin takes from the first request what holds for the whole stream: a node
@@ -77,7 +78,7 @@ func (t *talker) hear(nonce string, refusal *status.Status) {
 		return
 	}
 	t.refused = t.nonce
-	t.s.logRefusal(t.l, refusal.Code, legible(refusal.Message))
+	t.log("client refused secrets", "code", codes.Code(refusal.Code).String(), "reason", legible(refusal.Message))
 }
 
 // legible cuts foreign text to what belongs into one line of a log.
@@ -94,10 +95,14 @@ func legible(s string) string {
 	}, s)
 }
 
-// forget drops what was sent under names that are not wanted any more: the
-// client may have forgotten it too.
-func (t *talker) forget() {
+// settle follows a change of what is wanted. What was sent under other names is
+// forgotten: the client may have forgotten it too.
+func (t *talker) settle() {
 	maps.DeleteFunc(t.has, func(name string, _ mark) bool { return !t.sub.wants(name) })
+	if t.plain && !t.unfit && t.sub.has(t.s.SecretNames.AllBundles) {
+		t.unfit = true
+		t.log("client without the SPIFFE validator asks for all bundles, which it does not get", "name", t.s.SecretNames.AllBundles)
+	}
 }
 
 // wanted are the names to look at: those asked for, and with a wildcard all
@@ -126,6 +131,23 @@ func (t *talker) pick(now *secrets, name string) (*resource, error) {
 	return nil, nil
 }
 
+// resend has names sent again though they did not change: a client may have
+// forgotten what it did not ask for by this name.
+func (t *talker) resend(names []string) {
+	for _, name := range names {
+		if had, ok := t.has[name]; ok {
+			had.again, had.absent = true, false
+			t.has[name] = had
+		}
+	}
+}
+
+// lacks reports whether the client is to be sent the resource.
+func (t *talker) lacks(r *resource) bool {
+	had := t.has[r.name]
+	return r.version != had.version || had.again
+}
+
 func (t *talker) keep(r *resource) {
 	t.has[r.name] = mark{version: r.version, kind: r.kind, given: true}
 }
@@ -145,10 +167,15 @@ type sotw struct {
 	owed bool // the first request is answered, were it with nothing
 }
 
-func (t *sotw) request() proto.Message { return new(discoveryv3.DiscoveryRequest) }
+func (t *sotw) take(body encoded) (bool, error) {
+	in := new(discoveryv3.DiscoveryRequest)
+	if err := proto.Unmarshal(body, in); err != nil {
+		return false, errMalformed
+	}
+	return t.heed(in)
+}
 
-func (t *sotw) take(m proto.Message) (bool, error) {
-	in := m.(*discoveryv3.DiscoveryRequest)
+func (t *sotw) heed(in *discoveryv3.DiscoveryRequest) (bool, error) {
 	if err := checkType(in.TypeUrl); err != nil {
 		return false, err
 	}
@@ -164,8 +191,9 @@ func (t *sotw) take(m proto.Message) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	t.forget()
-	return grown || t.owed, nil
+	t.settle()
+	t.resend(grown)
+	return len(grown) > 0 || t.owed, nil
 }
 
 func (t *sotw) say(now *secrets) (mem.BufferSlice, error) {
@@ -178,7 +206,7 @@ func (t *sotw) say(now *secrets) (mem.BufferSlice, error) {
 		}
 		if r != nil {
 			all = append(all, r)
-			changed = changed || r.version != t.has[name].version
+			changed = changed || t.lacks(r)
 		}
 	}
 	if !changed {
@@ -213,10 +241,11 @@ type delta struct {
 	gone map[string]struct{} // names whose absence is to be said although nobody subscribes to them
 }
 
-func (t *delta) request() proto.Message { return new(discoveryv3.DeltaDiscoveryRequest) }
-
-func (t *delta) take(m proto.Message) (bool, error) {
-	in := m.(*discoveryv3.DeltaDiscoveryRequest)
+func (t *delta) take(body encoded) (bool, error) {
+	in := new(discoveryv3.DeltaDiscoveryRequest)
+	if err := proto.Unmarshal(body, in); err != nil {
+		return false, errMalformed
+	}
 	if err := checkType(in.TypeUrl); err != nil {
 		return false, err
 	}
@@ -232,16 +261,12 @@ func (t *delta) take(m proto.Message) (bool, error) {
 		t.sub.all = true
 	}
 	for _, name := range in.ResourceNamesSubscribe {
-		if _, err := t.sub.add(name); err != nil {
+		if err := t.sub.add(name); err != nil {
 			return false, err
-		}
-		// It is sent even if it was sent before: the client may have forgotten it.
-		if had, ok := t.has[name]; ok {
-			had.again, had.absent = true, false
-			t.has[name] = had
 		}
 		ask = true
 	}
+	t.resend(in.ResourceNamesSubscribe)
 	for _, name := range in.ResourceNamesUnsubscribe {
 		if t.sub.all && name != wildcard && t.sub.has(name) {
 			// Whether the wildcard has it still is to be said in any case.
@@ -259,7 +284,7 @@ func (t *delta) take(m proto.Message) (bool, error) {
 			return false, err
 		}
 	}
-	t.forget()
+	t.settle()
 	return ask, nil
 }
 
@@ -270,7 +295,7 @@ func (t *delta) recall(versions map[string]string) error {
 		if !t.sub.wants(name) {
 			continue
 		}
-		if _, err := bound.add(name); err != nil {
+		if err := bound.add(name); err != nil {
 			return err
 		}
 		if len(version) <= 64 { // a longer one is not ours
@@ -296,11 +321,12 @@ func (t *delta) say(now *secrets) (mem.BufferSlice, error) {
 		if err != nil {
 			return nil, err
 		}
-		had := t.has[name]
+		had, known := t.has[name]
+		_, left := t.gone[name]
 		switch {
-		case r == nil && !had.absent:
+		case r == nil && !had.absent && (known || left || t.sub.has(name)):
 			removed = append(removed, name)
-		case r != nil && (r.version != had.version || had.again):
+		case r != nil && t.lacks(r):
 			changed = append(changed, r)
 		}
 	}

@@ -213,6 +213,7 @@ func (s *Server) holdings(ctx context.Context, l *link, has *state) (*state, err
 		next.svids, next.snapshot = snapshot.SVIDs, snapshot
 	} else {
 		next.svids = v.merge(snapshot.SVIDs, kept)
+		next.bundles, _ = s.Authority.Bundles() // what is kept may federate with others
 	}
 	return next, nil
 }

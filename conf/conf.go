@@ -48,7 +48,7 @@ type Config struct {
 	Claims         *Claims  // nil: tokens carry none beside the standard's
 	SDS            SDS
 	OIDCDiscovery  *Discovery // nil: not served
-	Entries        []Entry // in the order of the file
+	Entries        []Entry    // in the order of the file
 }
 
 // LogFormat is how log lines are written.

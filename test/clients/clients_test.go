@@ -575,6 +575,8 @@ func exercise(t *testing.T, client ...string) {
 			t.Fatal("got the certificate of before")
 		}
 
+		// A daemon that stops must not end a stream well: Java's client would take
+		// that for the end, and never ask again.
 		for _, signal := range []os.Signal{syscall.SIGTERM, syscall.SIGKILL} {
 			d.stop(t, signal)
 			since := time.Now()

@@ -29,7 +29,7 @@ test: prerequisites lint race peers ## Run every test; installs what they need
 	@echo "== all of it passed"
 
 prerequisites:
-	@echo "== what the tests need: a C compiler for the race detector, Docker, a registry, systemd"
+	@echo "== what the tests need: a C compiler for the race detector, Docker, a registry, systemd, nginx, HAProxy, PostgreSQL"
 	@test/prerequisites
 
 lint: ## Check formatting, vet and static analysis

@@ -7,6 +7,8 @@ import (
 	"runtime"
 	"testing"
 
+	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	secretv3 "github.com/envoyproxy/go-control-plane/envoy/service/secret/v3"
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
@@ -31,13 +33,18 @@ func (b *bare) FetchX509SVID(_ *workload.X509SVIDRequest, st workload.SpiffeWork
 
 func startBare(b *testing.B, r *workload.X509SVIDResponse) string {
 	b.Helper()
+	return listenBare(b, func(s *grpc.Server) { workload.RegisterSpiffeWorkloadAPIServer(s, &bare{response: r}) })
+}
+
+func listenBare(b *testing.B, register func(*grpc.Server)) string {
+	b.Helper()
 	path := filepath.Join(b.TempDir(), "bare.sock")
 	l, err := net.Listen("unix", path)
 	if err != nil {
 		b.Fatal(err)
 	}
 	s := grpc.NewServer()
-	workload.RegisterSpiffeWorkloadAPIServer(s, &bare{response: r})
+	register(s)
 	go s.Serve(l)
 	b.Cleanup(s.Stop)
 	return path
@@ -53,10 +60,10 @@ func fetch(ctx context.Context, api workload.SpiffeWorkloadAPIClient) (*workload
 	return st.Recv()
 }
 
-func benchmarkCalls(b *testing.B, w *world, path string, call func(context.Context, workload.SpiffeWorkloadAPIClient) error) {
-	api := workload.NewSpiffeWorkloadAPIClient(w.dial(path))
+func benchmarkCalls(b *testing.B, w *world, path string, call func(context.Context, *grpc.ClientConn) error) {
+	conn := w.dial(path)
 	ctx := metadata.AppendToOutgoingContext(context.Background(), "workload.spiffe.io", "true")
-	if err := call(ctx, api); err != nil {
+	if err := call(ctx, conn); err != nil {
 		b.Fatal(err)
 	}
 	b.ReportAllocs()
@@ -64,7 +71,7 @@ func benchmarkCalls(b *testing.B, w *world, path string, call func(context.Conte
 	b.ResetTimer()
 	b.RunParallel(func(pb *testing.PB) {
 		for pb.Next() {
-			if err := call(ctx, api); err != nil {
+			if err := call(ctx, conn); err != nil {
 				b.Error(err)
 				return
 			}
@@ -77,8 +84,8 @@ func benchmarkCalls(b *testing.B, w *world, path string, call func(context.Conte
 func BenchmarkFetchX509SVIDStreamPerCall(b *testing.B) {
 	w := start(b)
 	w.entry("/a", nil, mine)
-	once := func(ctx context.Context, api workload.SpiffeWorkloadAPIClient) error {
-		_, err := fetch(ctx, api)
+	once := func(ctx context.Context, conn *grpc.ClientConn) error {
+		_, err := fetch(ctx, workload.NewSpiffeWorkloadAPIClient(conn))
 		return err
 	}
 	r, err := fetch(call(b), w.workloadAPI())
@@ -90,13 +97,77 @@ func BenchmarkFetchX509SVIDStreamPerCall(b *testing.B) {
 	b.Run("bare", func(b *testing.B) { benchmarkCalls(b, w, bare, once) })
 }
 
+// bareSecrets sends the same bytes as a Server would, to anybody.
+type bareSecrets struct {
+	secretv3.UnimplementedSecretDiscoveryServiceServer
+	response *discoveryv3.DiscoveryResponse
+}
+
+func (b *bareSecrets) FetchSecrets(context.Context, *discoveryv3.DiscoveryRequest) (*discoveryv3.DiscoveryResponse, error) {
+	return b.response, nil
+}
+
+func (b *bareSecrets) StreamSecrets(st secretv3.SecretDiscoveryService_StreamSecretsServer) error {
+	if _, err := st.Recv(); err != nil {
+		return err
+	}
+	if err := st.Send(b.response); err != nil {
+		return err
+	}
+	<-st.Context().Done()
+	return nil
+}
+
+func fetchSecretsOn(ctx context.Context, conn *grpc.ClientConn, in *discoveryv3.DiscoveryRequest) (*discoveryv3.DiscoveryResponse, error) {
+	return secretv3.NewSecretDiscoveryServiceClient(conn).FetchSecrets(ctx, in)
+}
+
+func streamSecretsOn(ctx context.Context, conn *grpc.ClientConn, in *discoveryv3.DiscoveryRequest) (*discoveryv3.DiscoveryResponse, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	st, err := secretv3.NewSecretDiscoveryServiceClient(conn).StreamSecrets(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if err := st.Send(in); err != nil {
+		return nil, err
+	}
+	return st.Recv()
+}
+
+func BenchmarkSecrets(b *testing.B) {
+	w := start(b)
+	w.entry("/a", nil, mine)
+	in := &discoveryv3.DiscoveryRequest{Node: nodeOf(40, nil), TypeUrl: secretType, ResourceNames: []string{"default", "ROOTCA"}}
+	r, err := fetchSecretsOn(call(b), w.dial(w.socket), in)
+	if err != nil {
+		b.Fatal(err)
+	}
+	bare := listenBare(b, func(s *grpc.Server) {
+		secretv3.RegisterSecretDiscoveryServiceServer(s, &bareSecrets{response: r})
+	})
+	for _, c := range []struct {
+		name string
+		call func(context.Context, *grpc.ClientConn, *discoveryv3.DiscoveryRequest) (*discoveryv3.DiscoveryResponse, error)
+	}{{"fetch", fetchSecretsOn}, {"stream per call", streamSecretsOn}} {
+		for _, server := range []struct{ name, path string }{{"deputy", w.socket}, {"bare", bare}} {
+			b.Run(c.name+"/"+server.name, func(b *testing.B) {
+				benchmarkCalls(b, w, server.path, func(ctx context.Context, conn *grpc.ClientConn) error {
+					_, err := c.call(ctx, conn, in)
+					return err
+				})
+			})
+		}
+	}
+}
+
 func BenchmarkFetchJWTSVID(b *testing.B) {
 	for name, fresh := range map[string]bool{"cached": false, "minted": true} {
 		b.Run(name, func(b *testing.B) {
 			w := start(b)
 			w.entry("/a", func(e *registry.Entry) { e.JWTFresh = fresh }, mine)
-			benchmarkCalls(b, w, w.socket, func(ctx context.Context, api workload.SpiffeWorkloadAPIClient) error {
-				_, err := api.FetchJWTSVID(ctx, &workload.JWTSVIDRequest{Audience: []string{"db"}})
+			benchmarkCalls(b, w, w.socket, func(ctx context.Context, conn *grpc.ClientConn) error {
+				_, err := workload.NewSpiffeWorkloadAPIClient(conn).FetchJWTSVID(ctx, &workload.JWTSVIDRequest{Audience: []string{"db"}})
 				return err
 			})
 		})

@@ -58,7 +58,7 @@ func (s *Server) talker(l *link) talker {
 
 // fetchSecrets answers once.
 func (s *Server) fetchSecrets(ctx context.Context, l *link, in *discoveryv3.DiscoveryRequest) (mem.BufferSlice, error) {
-	t := &sotw{talker: s.talker(l)}
+	t := sotw{talker: s.talker(l)}
 	if _, err := t.heed(in); err != nil {
 		return nil, err
 	}
@@ -66,7 +66,11 @@ func (s *Server) fetchSecrets(ctx context.Context, l *link, in *discoveryv3.Disc
 	if err != nil {
 		return nil, err
 	}
-	return t.say(s.secretsOf(l, now))
+	all, _, err := t.pickAll(s.secretsOf(l, now))
+	if err != nil {
+		return nil, err
+	}
+	return discovery(all, t.nextNonce()), nil
 }
 
 // A message is what a client says on a stream, or why it says no more.

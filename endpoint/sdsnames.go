@@ -1,9 +1,6 @@
 package endpoint
 
-import (
-	"maps"
-	"slices"
-)
+import "slices"
 
 // What one stream may ask for. Names that do not exist are remembered too:
 // they may come to exist.
@@ -18,46 +15,48 @@ const wildcard = "*"
 
 // A subscription is what a stream wants.
 type subscription struct {
-	names map[string]struct{}
-	bytes int  // of the names
-	all   bool // everything there is, beside the names
-	named bool // something was named: from now on no names are none, not all
+	names []string // sorted, each once
+	bytes int      // of the names
+	all   bool     // everything there is, beside the names
+	named bool     // something was named: from now on no names are none, not all
 }
 
-func (s *subscription) wants(name string) bool {
-	_, ok := s.names[name]
-	return ok || s.all
+func (s *subscription) has(name string) bool {
+	_, ok := slices.BinarySearch(s.names, name)
+	return ok
 }
 
-// add subscribes to one more name.
-func (s *subscription) add(name string) error {
-	s.named = true
-	if name == wildcard {
-		s.all = true
-		return nil
+func (s *subscription) wants(name string) bool { return s.all || s.has(name) }
+
+// add subscribes to more names.
+func (s *subscription) add(names []string) error {
+	for _, name := range names {
+		s.named = true
+		if name == wildcard {
+			s.all = true
+			continue
+		}
+		at, ok := slices.BinarySearch(s.names, name)
+		if ok {
+			continue
+		}
+		switch {
+		case len(s.names) >= maxSecretNames:
+			return invalid("more than %d resource names", maxSecretNames)
+		case s.bytes+len(name) > maxSecretBytes:
+			return invalid("resource names are longer than %d bytes together", maxSecretBytes)
+		}
+		s.names = slices.Insert(s.names, at, name)
+		s.bytes += len(name)
 	}
-	if s.has(name) {
-		return nil
-	}
-	switch {
-	case len(s.names) >= maxSecretNames:
-		return invalid("more than %d resource names", maxSecretNames)
-	case s.bytes+len(name) > maxSecretBytes:
-		return invalid("resource names are longer than %d bytes together", maxSecretBytes)
-	}
-	if s.names == nil {
-		s.names = make(map[string]struct{})
-	}
-	s.names[name] = struct{}{}
-	s.bytes += len(name)
 	return nil
 }
 
 func (s *subscription) remove(name string) {
 	if name == wildcard {
 		s.all = false
-	} else if _, ok := s.names[name]; ok {
-		delete(s.names, name)
+	} else if at, ok := slices.BinarySearch(s.names, name); ok {
+		s.names = slices.Delete(s.names, at, at+1)
 		s.bytes -= len(name)
 	}
 }
@@ -65,16 +64,14 @@ func (s *subscription) remove(name string) {
 // replace subscribes to these names instead of those before. It returns those
 // that are new; the wildcard is one, said or not.
 func (s *subscription) replace(names []string) (grown []string, err error) {
-	next := subscription{named: s.named}
-	for _, name := range names {
-		if err := next.add(name); err != nil {
-			return nil, err
-		}
+	next := subscription{named: s.named, names: make([]string, 0, min(len(names), maxSecretNames))}
+	if err := next.add(names); err != nil {
+		return nil, err
 	}
 	if !next.named {
 		next.all = true
 	}
-	for name := range next.names {
+	for _, name := range next.names {
 		if !s.has(name) {
 			grown = append(grown, name)
 		}
@@ -86,15 +83,13 @@ func (s *subscription) replace(names []string) (grown []string, err error) {
 	return grown, nil
 }
 
-func (s *subscription) has(name string) bool {
-	_, ok := s.names[name]
-	return ok
-}
-
-// of returns what is wanted of this, with the names that are wanted whether or
-// not they are there; sorted, each once.
+// of returns the names, and all that are wanted of what is there; sorted, each
+// once. The caller does not change them.
 func (s *subscription) of(there []string) []string {
-	out := slices.AppendSeq(make([]string, 0, len(s.names)+len(there)), maps.Keys(s.names))
+	if len(there) == 0 {
+		return s.names
+	}
+	out := slices.Clone(s.names)
 	for _, name := range there {
 		if s.wants(name) {
 			out = append(out, name)

@@ -55,7 +55,6 @@ type talker struct {
 // is the same whenever it is said again, or it is not listened to.
 func (t *talker) begin(n *corev3.Node) {
 	t.begun = true
-	t.has = make(map[string]mark)
 	t.plain = t.s.plain(n)
 }
 
@@ -149,7 +148,14 @@ func (t *talker) lacks(r *resource) bool {
 }
 
 func (t *talker) keep(r *resource) {
-	t.has[r.name] = mark{version: r.version, kind: r.kind, given: true}
+	t.mark(r.name, mark{version: r.version, kind: r.kind, given: true})
+}
+
+func (t *talker) mark(name string, m mark) {
+	if t.has == nil {
+		t.has = make(map[string]mark)
+	}
+	t.has[name] = m
 }
 
 // nextNonce names the next response.
@@ -197,20 +203,9 @@ func (t *sotw) heed(in *discoveryv3.DiscoveryRequest) (bool, error) {
 }
 
 func (t *sotw) say(now *secrets) (mem.BufferSlice, error) {
-	var all []*resource
-	changed := t.owed
-	for _, name := range t.wanted(now) {
-		r, err := t.pick(now, name)
-		if err != nil {
-			return nil, err
-		}
-		if r != nil {
-			all = append(all, r)
-			changed = changed || t.lacks(r)
-		}
-	}
-	if !changed {
-		return nil, nil
+	all, changed, err := t.pickAll(now)
+	if err != nil || !changed && !t.owed {
+		return nil, err
 	}
 	t.owed = false
 	for _, r := range all {
@@ -219,9 +214,27 @@ func (t *sotw) say(now *secrets) (mem.BufferSlice, error) {
 	return discovery(all, t.nextNonce()), nil
 }
 
+// pickAll returns all that the client is to have, and whether it does not have
+// some of it.
+func (t *talker) pickAll(now *secrets) (all []*resource, changed bool, err error) {
+	names := t.wanted(now)
+	all = make([]*resource, 0, min(len(names), len(now.svids)+len(now.contexts)+len(t.has)))
+	for _, name := range names {
+		r, err := t.pick(now, name)
+		if err != nil {
+			return nil, false, err
+		}
+		if r != nil {
+			all = append(all, r)
+			changed = changed || t.lacks(r)
+		}
+	}
+	return all, changed, nil
+}
+
 // discovery is a DiscoveryResponse.
 func discovery(all []*resource, nonce string) mem.BufferSlice {
-	var own []byte
+	own := make([]byte, 0, 256)
 	out := make(mem.BufferSlice, 0, 2*len(all)+1)
 	for _, r := range all {
 		from := len(own)
@@ -260,12 +273,10 @@ func (t *delta) take(body encoded) (bool, error) {
 	if first && len(in.ResourceNamesSubscribe)+len(in.ResourceNamesUnsubscribe) == 0 {
 		t.sub.all = true
 	}
-	for _, name := range in.ResourceNamesSubscribe {
-		if err := t.sub.add(name); err != nil {
-			return false, err
-		}
-		ask = true
+	if err := t.sub.add(in.ResourceNamesSubscribe); err != nil {
+		return false, err
 	}
+	ask = ask || len(in.ResourceNamesSubscribe) > 0
 	t.resend(in.ResourceNamesSubscribe)
 	for _, name := range in.ResourceNamesUnsubscribe {
 		if t.sub.all && name != wildcard && t.sub.has(name) {
@@ -290,19 +301,21 @@ func (t *delta) take(body encoded) (bool, error) {
 
 // recall takes what the client has from an earlier stream.
 func (t *delta) recall(versions map[string]string) error {
-	var bound subscription
+	n, bytes := 0, 0
 	for name, version := range versions {
 		if !t.sub.wants(name) {
 			continue
 		}
-		if err := bound.add(name); err != nil {
-			return err
+		n, bytes = n+1, bytes+len(name)
+		switch {
+		case n > maxSecretNames:
+			return invalid("versions of more than %d resources", maxSecretNames)
+		case bytes > maxSecretBytes:
+			return invalid("names of versions are longer than %d bytes together", maxSecretBytes)
+		case len(version) > 64: // not one of ours
+			version = ""
 		}
-		if len(version) <= 64 { // a longer one is not ours
-			t.has[name] = mark{version: version}
-		} else {
-			t.has[name] = mark{}
-		}
+		t.mark(name, mark{version: version})
 	}
 	return nil
 }
@@ -310,9 +323,10 @@ func (t *delta) recall(versions map[string]string) error {
 func (t *delta) say(now *secrets) (mem.BufferSlice, error) {
 	var changed []*resource
 	var removed []string
-	names := t.wanted(now)
+	wanted := t.wanted(now)
+	names := slices.Clip(wanted)
 	for name := range t.gone {
-		if _, ok := slices.BinarySearch(names, name); !ok {
+		if _, ok := slices.BinarySearch(wanted, name); !ok {
 			names = append(names, name)
 		}
 	}
@@ -339,7 +353,7 @@ func (t *delta) say(now *secrets) (mem.BufferSlice, error) {
 	}
 	for _, name := range removed {
 		if t.sub.has(name) {
-			t.has[name] = mark{absent: true}
+			t.mark(name, mark{absent: true})
 		} else {
 			delete(t.has, name)
 		}
@@ -393,12 +407,13 @@ func (s *Server) plain(n *corev3.Node) bool {
 			return true
 		}
 	}
-	v := n.GetMetadata().GetFields()[key]
-	if b, err := strconv.ParseBool(v.GetStringValue()); err == nil {
-		return b
-	}
-	if _, ok := v.GetKind().(*structpb.Value_BoolValue); ok {
-		return v.GetBoolValue()
+	switch v := n.GetMetadata().GetFields()[key].GetKind().(type) {
+	case *structpb.Value_BoolValue:
+		return v.BoolValue
+	case *structpb.Value_StringValue:
+		if b, err := strconv.ParseBool(v.StringValue); err == nil {
+			return b
+		}
 	}
 	return s.PlainValidation
 }

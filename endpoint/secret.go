@@ -243,8 +243,7 @@ func newResource(s *tlsv3.Secret, k kind, public []byte) (*resource, error) {
 	if err != nil {
 		return nil, err
 	}
-	sum := sha256.Sum256(public)
-	return &resource{name: s.Name, version: hex.EncodeToString(sum[:16]), kind: k, any: any}, nil
+	return &resource{name: s.Name, version: hash(public), kind: k, any: any}, nil
 }
 
 func encodePEM(kind string, certs ...*x509.Certificate) []byte {
@@ -317,14 +316,16 @@ func (g *graves) tombstone(name string, k kind, plain bool) (*resource, error) {
 
 // digest is the version of several secrets together.
 func digest(all []*resource) string {
-	h := sha256.New()
+	var of []byte
 	for _, r := range all {
-		h.Write([]byte(r.name))
-		h.Write([]byte{0})
-		h.Write([]byte(r.version))
-		h.Write([]byte{0})
+		of = append(append(append(append(of, r.name...), 0), r.version...), 0)
 	}
-	return hex.EncodeToString(h.Sum(nil)[:16])
+	return hash(of)
+}
+
+func hash(b []byte) string {
+	sum := sha256.Sum256(b)
+	return hex.EncodeToString(sum[:16])
 }
 
 // What of a response is there before it is sent: its resources, which are

@@ -18,6 +18,8 @@ import (
 	"syscall"
 	"time"
 
+	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	secretv3 "github.com/envoyproxy/go-control-plane/envoy/service/secret/v3"
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/proto"
@@ -30,12 +32,14 @@ import (
 type bare struct {
 	workload.UnimplementedSpiffeWorkloadAPIServer
 	x509 *workload.X509SVIDResponse
-	key  *ecdsa.PrivateKey
-	id   string
+	bareSecrets
+	key *ecdsa.PrivateKey
+	id  string
 }
 
 // serveBare runs the bare server on a socket until it is interrupted. The
-// file holds the X509SVIDResponse to send, as Deputy sent it.
+// file holds the X509SVIDResponse to send, as Deputy sent it, and the one with
+// .sds behind its name the DiscoveryResponse.
 func serveBare(socket, response string) error {
 	raw, err := os.ReadFile(response)
 	if err != nil {
@@ -43,6 +47,13 @@ func serveBare(socket, response string) error {
 	}
 	b := &bare{x509: new(workload.X509SVIDResponse)}
 	if err := proto.Unmarshal(raw, b.x509); err != nil {
+		return err
+	}
+	if raw, err = os.ReadFile(response + ".sds"); err != nil {
+		return err
+	}
+	b.secrets = new(discoveryv3.DiscoveryResponse)
+	if err := proto.Unmarshal(raw, b.secrets); err != nil {
 		return err
 	}
 	if len(b.x509.Svids) == 0 {
@@ -62,6 +73,7 @@ func serveBare(socket, response string) error {
 	}
 	s := grpc.NewServer()
 	workload.RegisterSpiffeWorkloadAPIServer(s, b)
+	secretv3.RegisterSecretDiscoveryServiceServer(s, &b.bareSecrets)
 	collect := make(chan os.Signal, 1)
 	signal.Notify(collect, syscall.SIGUSR1)
 	go func() {

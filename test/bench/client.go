@@ -13,6 +13,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	secretv3 "github.com/envoyproxy/go-control-plane/envoy/service/secret/v3"
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
@@ -65,6 +66,7 @@ func operations(op, socket string, workers int) ([]operation, func(), error) {
 	}
 	ops := make([]operation, workers)
 	var api workload.SpiffeWorkloadAPIClient
+	var envoy secretv3.SecretDiscoveryServiceClient
 	nonce := strconv.FormatInt(time.Now().UnixNano(), 36)
 	for w := range ops {
 		if op != "connect" && w%2 == 0 {
@@ -74,13 +76,20 @@ func operations(op, socket string, workers int) ([]operation, func(), error) {
 				return nil, nil, err
 			}
 			conns = append(conns, conn)
-			api = workload.NewSpiffeWorkloadAPIClient(conn)
+			api, envoy = workload.NewSpiffeWorkloadAPIClient(conn), secretv3.NewSecretDiscoveryServiceClient(conn)
 		}
-		c := api
+		c, sds := api, envoy
 		switch op {
 		case "x509":
 			ops[w] = func(ctx context.Context, _ int) error {
 				_, err := fetchX509(ctx, c)
+				return err
+			}
+		case "sds":
+			ops[w] = func(ctx context.Context, _ int) error { return streamSecrets(ctx, sds) }
+		case "secrets":
+			ops[w] = func(ctx context.Context, _ int) error {
+				_, err := sds.FetchSecrets(ctx, twoSecrets())
 				return err
 			}
 		case "connect":
@@ -165,7 +174,7 @@ func measure(op, socket string, workers int, length time.Duration) error {
 
 // hold starts so many processes that each hold streams, waits until its input
 // ends, and ends them. What they print comes out unchanged.
-func hold(socket string, processes, streams int) error {
+func hold(socket string, processes, streams int, what string) error {
 	self, err := os.Executable()
 	if err != nil {
 		return err
@@ -183,7 +192,7 @@ func hold(socket string, processes, streams int) error {
 		}
 	}()
 	for i := range held {
-		c := exec.Command(self, "held", socket, strconv.Itoa(i), strconv.Itoa(streams))
+		c := exec.Command(self, "held", socket, strconv.Itoa(i), strconv.Itoa(streams), what)
 		c.Stdout, c.Stderr = os.Stdout, os.Stderr
 		in, err := c.StdinPipe()
 		if err != nil {
@@ -199,33 +208,45 @@ func hold(socket string, processes, streams int) error {
 	return err
 }
 
+// opened are the kinds of streams that are held. Each returns what waits for
+// the next message.
+var opened = map[string]func(context.Context, *grpc.ClientConn) (func() error, error){
+	"x509": func(ctx context.Context, conn *grpc.ClientConn) (func() error, error) {
+		stream, err := workload.NewSpiffeWorkloadAPIClient(conn).FetchX509SVID(withHeader(ctx), &workload.X509SVIDRequest{})
+		return func() error {
+			_, err := stream.Recv()
+			return err
+		}, err
+	},
+	"sds": openSecrets,
+}
+
 // holdOwn opens streams on one connection and prints "ready" when all have had
 // their first message, then a line for each further one: the number of this
 // process, that of the stream, and the time. It ends when its input does.
-func holdOwn(socket, process string, streams int) error {
+func holdOwn(socket, process string, streams int, what string) error {
 	conn, err := dial(socket)
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
-	c := workload.NewSpiffeWorkloadAPIClient(conn)
-	ctx, cancel := context.WithCancel(withHeader(context.Background()))
+	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	var first sync.WaitGroup
 	first.Add(streams)
 	for n := range streams {
-		stream, err := c.FetchX509SVID(ctx, &workload.X509SVIDRequest{})
+		next, err := opened[what](ctx, conn)
 		if err != nil {
 			return err
 		}
 		go func() {
-			if _, err := stream.Recv(); err != nil {
+			if err := next(); err != nil {
 				fmt.Fprintln(os.Stderr, "first message:", err)
 				os.Exit(1)
 			}
 			first.Done()
 			for {
-				if _, err := stream.Recv(); err != nil {
+				if err := next(); err != nil {
 					return
 				}
 				// One write for a line: the other processes have the same output.

@@ -23,6 +23,7 @@ import (
 	"syscall"
 	"time"
 
+	secretv3 "github.com/envoyproxy/go-control-plane/envoy/service/secret/v3"
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
@@ -81,13 +82,15 @@ func drive(o options) error {
 		return err
 	}
 	defer deputy.stop()
-	saved, err := p.client("save", deputy.socket).Output()
-	if err != nil {
-		return fmt.Errorf("fetch what the bare server is to repeat: %w\n%s", explain(err), deputy.log)
-	}
 	response := filepath.Join(dir, "response")
-	if err := os.WriteFile(response, saved, 0o600); err != nil {
-		return err
+	for what, file := range map[string]string{"x509": response, "sds": response + ".sds"} {
+		saved, err := p.client("save", deputy.socket, what).Output()
+		if err != nil {
+			return fmt.Errorf("fetch what the bare server is to repeat: %w\n%s", explain(err), deputy.log)
+		}
+		if err := os.WriteFile(file, saved, 0o600); err != nil {
+			return err
+		}
 	}
 	bare, err := start(exec.Command(self, "bare", filepath.Join(dir, "deputy/public/bare.sock"), response), filepath.Join(dir, "deputy/public/bare.sock"))
 	if err != nil {
@@ -100,6 +103,8 @@ func drive(o options) error {
 		{"connect", "X.509 fetch, connection per call", 0.7},
 		{"jwt", "JWT mint, audience never seen", 0.8},
 		{"validate", "JWT validate", 0.8},
+		{"sds", "SDS fetch, stream per call", 0.8},
+		{"secrets", "SDS fetch, FetchSecrets", 0.8},
 	}
 	if err := table(o, p, "bare gRPC", rows, deputy, bare); err != nil {
 		return fmt.Errorf("%w\n%s", err, deputy.log)
@@ -112,6 +117,11 @@ func drive(o options) error {
 	if o.wants("change") {
 		if err := change(self, deputy); err != nil {
 			return fmt.Errorf("change: %w\n%s", err, deputy.log)
+		}
+	}
+	if o.wants("push") {
+		if err := push(o, p, deputy); err != nil {
+			return fmt.Errorf("push: %w\n%s", err, deputy.log)
 		}
 	}
 	if o.wants("spire") {
@@ -172,14 +182,20 @@ func besideSPIRE(o options, p place, deputy *server) error {
 	}, deputy, agent)
 }
 
-// save prints the first message of FetchX509SVID, marshalled.
-func save(socket string) error {
+// save prints the first message of FetchX509SVID, or the answer to
+// FetchSecrets, marshalled.
+func save(socket, what string) error {
 	conn, err := dial(socket)
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
-	r, err := fetchX509(context.Background(), workload.NewSpiffeWorkloadAPIClient(conn))
+	var r proto.Message
+	if what == "sds" {
+		r, err = secretv3.NewSecretDiscoveryServiceClient(conn).FetchSecrets(context.Background(), twoSecrets())
+	} else {
+		r, err = fetchX509(context.Background(), workload.NewSpiffeWorkloadAPIClient(conn))
+	}
 	if err != nil {
 		return err
 	}
@@ -276,8 +292,8 @@ type holders struct {
 }
 
 // hold returns when each process has had the first message of all its streams.
-func (p place) hold(socket string, processes, streams int) (*holders, error) {
-	h := &holders{cmd: p.client("hold", socket, fmt.Sprint(processes), fmt.Sprint(streams)), lines: make(chan string, processes*streams)}
+func (p place) hold(socket string, processes, streams int, what string) (*holders, error) {
+	h := &holders{cmd: p.client("hold", socket, fmt.Sprint(processes), fmt.Sprint(streams), what), lines: make(chan string, processes*streams)}
 	h.cmd.Stderr = os.Stderr
 	var err error
 	if h.in, err = h.cmd.StdinPipe(); err != nil {
@@ -324,7 +340,7 @@ func memory(o options, p place, deputy, bare *server) error {
 		if err != nil {
 			return err
 		}
-		h, err := p.hold(s.socket, o.processes, o.streams)
+		h, err := p.hold(s.socket, o.processes, o.streams, "x509")
 		if err != nil {
 			return err
 		}
@@ -398,7 +414,7 @@ func rotation(o options, p place) error {
 }
 
 func rotate(s *server, p place, processes, streams int, ttl, each time.Duration) error {
-	h, err := p.hold(s.socket, processes, streams)
+	h, err := p.hold(s.socket, processes, streams, "x509")
 	if err != nil {
 		return err
 	}
@@ -521,12 +537,16 @@ func change(self string, s *server) error {
 	return nil
 }
 
-func create(c entryv1.EntryClient, path, selector string) (string, error) {
-	typ, value, _ := strings.Cut(selector, ":")
+func create(c entryv1.EntryClient, path string, selectors ...string) (string, error) {
+	var all []*types.Selector
+	for _, s := range selectors {
+		typ, value, _ := strings.Cut(s, ":")
+		all = append(all, &types.Selector{Type: typ, Value: value})
+	}
 	r, err := c.BatchCreateEntry(context.Background(), &entryv1.BatchCreateEntryRequest{Entries: []*types.Entry{{
 		SpiffeId:  &types.SPIFFEID{TrustDomain: "bench.example", Path: path},
 		ParentId:  &types.SPIFFEID{TrustDomain: "bench.example", Path: "/spire/server"},
-		Selectors: []*types.Selector{{Type: typ, Value: value}},
+		Selectors: all,
 	}}})
 	if err != nil {
 		return "", err

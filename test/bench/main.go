@@ -35,7 +35,7 @@ func run(args []string) error {
 		case "bare":
 			return serveBare(args[1], args[2])
 		case "save":
-			return save(args[1])
+			return save(args[1], args[2])
 		case "measure":
 			workers, err := strconv.Atoi(args[3])
 			if err != nil {
@@ -55,13 +55,13 @@ func run(args []string) error {
 			if err != nil {
 				return err
 			}
-			return hold(args[1], processes, streams)
+			return hold(args[1], processes, streams, args[4])
 		case "held":
 			streams, err := strconv.Atoi(args[3])
 			if err != nil {
 				return err
 			}
-			return holdOwn(args[1], args[2], streams)
+			return holdOwn(args[1], args[2], streams, args[4])
 		case "idle":
 			ended := make(chan os.Signal, 1)
 			signal.Notify(ended, syscall.SIGTERM)
@@ -78,7 +78,7 @@ func run(args []string) error {
 	flags.IntVar(&o.processes, "processes", 100, "that hold streams")
 	flags.IntVar(&o.streams, "streams", 100, "that each of them holds on one connection")
 	flags.IntVar(&o.alone, "alone", 400, "processes that hold one stream each, for the rotation")
-	flags.StringVar(&o.only, "only", "", "measure this alone: x509, connect, jwt, validate, memory, change, spire, rotation")
+	flags.StringVar(&o.only, "only", "", "measure this alone: x509, connect, jwt, validate, sds, secrets, memory, change, push, spire, rotation")
 	flags.StringVar(&o.profile, "profile", "", "write profiles of Deputy to `FILE`.x509.cpu, FILE.x509.allocs and so on, for go tool pprof")
 	if err := flags.Parse(args); err != nil {
 		return err

@@ -305,6 +305,34 @@ func TestSamplesLoad(t *testing.T) {
 	}
 }
 
+// The block on the page about meshes says what the defaults are.
+func TestMeshPageHasTheDefaultsOfSDS(t *testing.T) {
+	page, err := os.ReadFile("../docs/mesh.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, section, _ := strings.Cut(string(page), "\n## Envoy: names and formats\n")
+	section, _, _ = strings.Cut(section, "\n## ")
+	_, block, _ := strings.Cut(section, "```hcl\n")
+	block, _, ok := strings.Cut(block, "```\n")
+	if !ok {
+		t.Fatal("the page has no configuration of SDS")
+	}
+	want := base(t)
+	c, _, err := Load(write(t, block), want)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := []any{c.SDS.DefaultSVIDName.Value, c.SDS.DefaultBundleName.Value, c.SDS.DefaultAllBundlesName.Value, c.SDS.DisableSPIFFECertValidation.Value}
+	is := []any{want.SDS.DefaultSVIDName.Value, want.SDS.DefaultBundleName.Value, want.SDS.DefaultAllBundlesName.Value, want.SDS.DisableSPIFFECertValidation.Value}
+	if diff := cmp.Diff(is, got); diff != "" {
+		t.Error(diff)
+	}
+	if n := strings.Count(block, " = "); n != 4 {
+		t.Errorf("got %d settings on the page, want all four", n)
+	}
+}
+
 func FuzzLoad(f *testing.F) {
 	for _, pattern := range []string{"testdata/*.hcl", "samples/*.hcl"} {
 		files, err := filepath.Glob(pattern)

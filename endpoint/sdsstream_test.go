@@ -21,6 +21,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
+	reflectionv1 "google.golang.org/grpc/reflection/grpc_reflection_v1"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/deputy-id/deputy/attestor"
@@ -685,8 +686,20 @@ func TestSecretIsNotSentToAProgramThatWasExecutedWhileItWasSigned(t *testing.T) 
 
 func TestSecretsAreHealthyAndDescribed(t *testing.T) {
 	w := start(t)
-	r, err := healthv1.NewHealthClient(w.dial(w.socket)).Check(sdsCall(t), &healthv1.HealthCheckRequest{Service: "envoy.service.secret.v3.SecretDiscoveryService"})
+	const service = "envoy.service.secret.v3.SecretDiscoveryService"
+	conn := w.dial(w.socket)
+	r, err := healthv1.NewHealthClient(conn).Check(sdsCall(t), &healthv1.HealthCheckRequest{Service: service})
 	if err != nil || r.Status != healthv1.HealthCheckResponse_SERVING {
 		t.Errorf("got %v, %v, want SERVING", r, err)
+	}
+	st, err := reflectionv1.NewServerReflectionClient(conn).ServerReflectionInfo(sdsCall(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := st.Send(&reflectionv1.ServerReflectionRequest{MessageRequest: &reflectionv1.ServerReflectionRequest_FileContainingSymbol{FileContainingSymbol: service}}); err != nil {
+		t.Fatal(err)
+	}
+	if d, err := st.Recv(); err != nil || len(d.GetFileDescriptorResponse().GetFileDescriptorProto()) == 0 {
+		t.Errorf("got %v, %v, want a description", d, err)
 	}
 }

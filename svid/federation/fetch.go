@@ -87,7 +87,11 @@ func (d dial) fetch(ctx context.Context, r Relationship, all *svid.Bundles) (*fe
 	if resp.StatusCode != http.StatusOK {
 		return nil, fmt.Errorf("endpoint answers with status %d", resp.StatusCode)
 	}
-	if f.bundle, err = readBundle(r.TrustDomain, resp.Body); err != nil {
+	f.bundle, err = readBundle(r.TrustDomain, resp.Body)
+	if ctx.Err() != nil { // a body that we cut off may look like one that ended
+		err = cause(ctx.Err())
+	}
+	if err != nil {
 		return nil, err
 	}
 	return f, nil

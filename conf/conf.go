@@ -47,8 +47,9 @@ type Config struct {
 	Systemd        *Systemd // likewise
 	Claims         *Claims  // nil: tokens carry none beside the standard's
 	SDS            SDS
-	OIDCDiscovery  *Discovery // nil: not served
-	Entries        []Entry    // in the order of the file
+	OIDCDiscovery  *Discovery  // nil: not served
+	Federation     *Federation // nil: bundles are neither served nor fetched
+	Entries        []Entry     // in the order of the file
 }
 
 // LogFormat is how log lines are written.

@@ -55,7 +55,7 @@ func decode(src []byte, file string, base *Config) (*Config, Problems, Problems)
 	}
 	c := *base
 	c.File, c.Docker, c.Systemd, c.Claims, c.Entries = file, nil, nil, nil, nil
-	c.OIDCDiscovery = nil
+	c.OIDCDiscovery, c.Federation = nil, nil
 	l := &loader{c: &c, src: src, first: make(map[string]hcl.Range)}
 	l.file(body)
 	l.problems.Sort()
@@ -122,11 +122,13 @@ func (l *loader) file(body *hclsyntax.Body) {
 		},
 		"sds":            l.sds,
 		"oidc_discovery": l.discovery,
+		"federation":     l.federation,
 		"entry":          func(b *hclsyntax.Block) { entries = append(entries, b) },
 	})
 
 	l.places()
 	l.issuerServed()
+	l.hint()
 	if g := c.AdminSocket.Group; g.Given() {
 		l.warnings.Add(g.Range, "every member of the group %q may become any identity", g.Value)
 	}
@@ -266,6 +268,14 @@ func (l *loader) places() {
 	}
 	if d := c.OIDCDiscovery; d != nil {
 		all = append(all, place{"key_file", d.KeyFile})
+	}
+	if f := c.Federation; f != nil {
+		if f.Endpoint != nil {
+			all = append(all, place{"key_file", f.Endpoint.KeyFile})
+		}
+		for _, w := range f.FederatesWith { // who could change these is that trust domain
+			all = append(all, place{"bootstrap_bundle", w.BootstrapBundle}, place{"ca_file", w.CAFile})
+		}
 	}
 	for _, private := range all {
 		if private.at.Value == "" || !within(private.at.Value, public) {

@@ -18,9 +18,9 @@ import (
 	"github.com/deputy-id/deputy/svid/registry"
 )
 
-// federation keeps the bundles of other trust domains. What it has shows in
+// bundleStore keeps the bundles of other trust domains. What it has shows in
 // the authority's Bundles.
-type federation interface {
+type bundleStore interface {
 	SetFederated(*svid.Bundle) error
 	DeleteFederated(spiffeid.TrustDomain) error
 }
@@ -242,6 +242,11 @@ func (a *bundles) delete(ctx context.Context, name string, mode bundlev1.BatchDe
 	}
 	if _, ok := b.Federated[td]; !ok {
 		return errNoBundle
+	}
+	// It would be back at the next fetch, and whoever deletes it may do so to
+	// stop trusting them.
+	if a.s.Follower != nil && a.s.Follower.Follows(td) {
+		return &fault{errInUse, "cannot delete bundle; it is followed: take federates_with out of the configuration file first"}
 	}
 	if err := a.part(ctx, td, mode); err != nil {
 		return err

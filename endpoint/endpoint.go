@@ -30,6 +30,7 @@ import (
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 	loggerv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/logger/v1"
 	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
+	trustdomainv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/trustdomain/v1"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/health"
@@ -63,7 +64,8 @@ type Config struct {
 	// For the admin socket.
 	Processes  *peer.Table // to attest by PID
 	Minter     minter      // nil where the authority does not sign for bare keys
-	Federation federation  // nil where the authority brings its own bundles
+	Federation bundleStore // nil where the authority brings its own bundles
+	Follower   follower    // nil where nobody's bundle is followed
 	Names      names       // nil: no process can be registered under a name
 	AdminGroup int         // GID whose members may administer beside root and the daemon's own user; -1: none
 
@@ -118,6 +120,8 @@ func New(c Config) *Server {
 	entryv1.RegisterEntryServer(s.admin, &entries{s: s})
 	bundlev1.RegisterBundleServer(s.admin, &bundles{s: s})
 	svidv1.RegisterSVIDServer(s.admin, &mint{s: s})
+	trustdomainv1.RegisterTrustDomainServer(s.admin, &relationships{s: s})
+	adminv1.RegisterFederationServer(s.admin, &relationships{s: s})
 	loggerv1.RegisterLoggerServer(s.admin, &levels{log: c.Log, launch: c.Log.GetLevel()})
 	adminv1.RegisterAdminServer(s.admin, &admin{s: s})
 	healthv1.RegisterHealthServer(s.admin, s.health)

@@ -12,6 +12,7 @@ import (
 	"github.com/deputy-id/deputy/attestor"
 	"github.com/deputy-id/deputy/attestor/peer"
 	"github.com/deputy-id/deputy/svid"
+	"github.com/deputy-id/deputy/svid/federation"
 	"github.com/deputy-id/deputy/svid/registry"
 )
 
@@ -76,6 +77,7 @@ var codeOf = []struct {
 	{errInUse, codes.FailedPrecondition},
 	{registry.ErrNotFound, codes.NotFound},
 	{errNotFound, codes.NotFound},
+	{federation.ErrNotFollowed, codes.NotFound},
 	{registry.ErrExists, codes.AlreadyExists},
 	{errExists, codes.AlreadyExists},
 	{errElsewhere, codes.Unimplemented},

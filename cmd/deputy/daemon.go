@@ -17,6 +17,7 @@ import (
 	"github.com/deputy-id/deputy/endpoint"
 	"github.com/deputy-id/deputy/plugins/claims"
 	"github.com/deputy-id/deputy/svid"
+	"github.com/deputy-id/deputy/svid/federation"
 	"github.com/deputy-id/deputy/svid/local"
 	"github.com/deputy-id/deputy/svid/registry"
 )
@@ -32,6 +33,7 @@ type daemon struct {
 	log      hclog.Logger
 	store    *registry.Store
 	book     *claims.Rulebook
+	follower *federation.Follower
 }
 
 // run serves until the context ends. What it opens it closes, the last first.
@@ -91,6 +93,8 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	}
 	opened = append(opened, src.Close)
 
+	d.follower = federation.NewFollower(authority, d.log)
+	d.follower.Follow(d.settings.relationships)
 	keeper := svid.NewKeeper(authority, svid.KeeperOptions{KeyType: svid.KeyType(c.Authority.WorkloadKeyType.Value), Log: d.log})
 	server := endpoint.New(endpoint.Config{
 		TrustDomain: c.TrustDomain.Value,
@@ -102,6 +106,7 @@ func (d *daemon) run(ctx context.Context) (err error) {
 		Processes:   table,
 		Minter:      authority,
 		Federation:  authority,
+		Follower:    d.follower,
 		Names:       src.names,
 		AdminGroup:  group,
 
@@ -130,6 +135,10 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
+	bundles, err := listenBundle(c, authority, d.log)
+	if err != nil {
+		return err
+	}
 	work, ctx := errgroup.WithContext(ctx)
 	work.Go(func() error { return server.Run(ctx) })
 	work.Go(func() error { return server.ServeWorkload(workload) })
@@ -139,6 +148,11 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	work.Go(func() error { return d.book.Run(ctx) })
 	work.Go(func() error { return followClaims(ctx, d.book, keeper) })
 	work.Go(func() error { return d.follow(ctx, d.reloads) })
+	work.Go(func() error { return d.follower.Run(ctx) })
+	if bundles != nil {
+		opened = append(opened, bundles.Close)
+		work.Go(func() error { return bundles.run(ctx) })
+	}
 	if relying != nil {
 		opened = append(opened, relying.Close)
 		work.Go(func() error { return relying.Run(ctx) })
@@ -180,6 +194,7 @@ func authorityOptions(c *conf.Config, log hclog.Logger) local.Options {
 		JWTTTL:      a.JWTTTL(),
 		KeyType:     svid.KeyType(a.KeyType.Value),
 		JWTIssuer:   a.JWTIssuer.Value,
+		RefreshHint: refreshHint(c),
 		Upstream:    local.Upstream{Cert: a.UpstreamCert.Value, Key: a.UpstreamKey.Value, Bundle: a.UpstreamBundle.Value},
 		Log:         log,
 	}

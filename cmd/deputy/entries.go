@@ -9,6 +9,7 @@ import (
 	"github.com/deputy-id/deputy/attestor"
 	"github.com/deputy-id/deputy/conf"
 	"github.com/deputy-id/deputy/plugins/claims"
+	"github.com/deputy-id/deputy/svid/federation"
 	"github.com/deputy-id/deputy/svid/registry"
 )
 
@@ -18,6 +19,8 @@ type settings struct {
 	entries  []registry.Entry
 	claims   *claims.Rules
 	warnings conf.Problems
+
+	relationships []federation.Relationship
 }
 
 // load reads and checks a configuration, all of it; with no file it is the
@@ -36,6 +39,7 @@ func load(file string) (*settings, error) {
 	if c != nil {
 		problems = s.check(slices.Clone(problems))
 		problems = append(problems, s.readClaims()...)
+		problems = append(problems, s.readFederation()...)
 	}
 	s.warnings.Sort()
 	if len(problems) > 0 {

@@ -125,7 +125,7 @@ func (d *daemon) follow(ctx context.Context, r *reloads) error {
 	}
 }
 
-// reload puts the entries, the claims and the log level of the file in force. A file with
+// reload puts the entries, the claims, the relationships with other trust domains and the log level of the file in force. A file with
 // a mistake changes nothing: taking identities away because of one would stop
 // every agent of the host.
 func (d *daemon) reload() {
@@ -154,6 +154,7 @@ func (d *daemon) reload() {
 		return
 	}
 	d.book.Put(next.claims)
+	d.follower.Follow(next.relationships)
 	for _, key := range needRestart(d.settings.Config, next.Config) {
 		d.log.Warn("changed setting needs a restart", "setting", key)
 	}
@@ -178,6 +179,7 @@ func needRestart(was, is *conf.Config) []string {
 	differ("workload_socket", was.WorkloadSocket.Path.Value, is.WorkloadSocket.Path.Value)
 	differ("admin_socket", []string{was.AdminSocket.Path.Value, was.AdminSocket.Group.Value}, []string{is.AdminSocket.Path.Value, is.AdminSocket.Group.Value})
 	differ("authority", authorityValues(was), authorityValues(is))
+	differ("bundle_endpoint", endpointValues(was), endpointValues(is))
 	differ("oidc_discovery", discoveryValues(was), discoveryValues(is))
 	differ("attestor docker", dockerValues(was), dockerValues(is))
 	differ("attestor systemd", was.Systemd != nil, is.Systemd != nil)
@@ -187,7 +189,7 @@ func needRestart(was, is *conf.Config) []string {
 
 func authorityValues(c *conf.Config) any {
 	o := authorityOptions(c, nil)
-	o.DataDir = "" // has a line of its own
+	o.DataDir, o.RefreshHint = "", 0 // have lines of their own
 	return []any{o, c.Authority.WorkloadKeyType.Value}
 }
 

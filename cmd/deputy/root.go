@@ -32,7 +32,7 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 3 no identity or not permitted,
 	root.PersistentFlags().StringVar(&out.format, "output", "text", "print in this `format`, text or json")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usage(err) })
 	root.AddCommand(
-		newRun(), newConf(&out), newEntry(&out), newBundle(&out), newAttest(&out),
+		newRun(), newConf(&out), newEntry(&out), newBundle(&out), newFederation(&out), newAttest(&out),
 		newFetch(&out), newValidate(&out), newWatch(&out), newHealth(&out), newExec(), newVersion(&out),
 	)
 	completion(root)

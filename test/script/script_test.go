@@ -52,6 +52,14 @@ func TestScripts(t *testing.T) {
 			env.Setenv("PATH", binaries+string(os.PathListSeparator)+env.Getenv("PATH"))
 			env.Setenv("SPIFFE_ENDPOINT_SOCKET", "unix://"+env.WorkDir+"/p/w.sock")
 			env.Setenv("DEPUTY_ADMIN_SOCKET", env.WorkDir+"/a/a.sock")
+			for _, name := range ports {
+				l, err := net.Listen("tcp", "127.0.0.1:0")
+				if err != nil {
+					return err
+				}
+				defer l.Close() // all of them later, so that each is another
+				env.Setenv(name, strconv.Itoa(l.Addr().(*net.TCPAddr).Port))
+			}
 			return nil
 		},
 		Condition: func(cond string) (bool, error) {
@@ -77,10 +85,16 @@ func TestScripts(t *testing.T) {
 	})
 }
 
-// subst FILE... expands $WORK in files of the archive.
+// ports are variables that hold a TCP port of loopback that was free.
+var ports = []string{"PORT1", "PORT2"}
+
+// subst FILE... expands $WORK and the ports in files of the archive.
 func subst(ts *testscript.TestScript, _ bool, args []string) {
 	for _, name := range args {
-		text := strings.ReplaceAll(ts.ReadFile(name), "$WORK", ts.Getenv("WORK"))
+		text := ts.ReadFile(name)
+		for _, key := range append([]string{"WORK"}, ports...) {
+			text = strings.ReplaceAll(text, "$"+key, ts.Getenv(key))
+		}
 		ts.Check(os.WriteFile(ts.MkAbs(name), []byte(text), 0o600))
 	}
 }

@@ -134,7 +134,7 @@ func (a *relationships) ListRelationships(context.Context, *adminv1.ListRelation
 			FetchedAt: epoch(r.Fetched),
 			NextAt:    epoch(r.Next),
 			Failures:  int32(min(r.Failures, 1<<30)),
-			Stale:     r.Stale(),
+			Stale:     r.Stale,
 		}
 		if r.Err != nil {
 			one.Error = r.Err.Error()

@@ -53,7 +53,7 @@ func someone() *following {
 			},
 			{
 				Relationship: federation.Relationship{TrustDomain: b, URL: "https://b.example/"},
-				Next:         time.Unix(170, 0), Failures: 9, Err: errors.New("no answer"),
+				Next:         time.Unix(170, 0), Failures: 9, Err: errors.New("no answer"), Stale: true,
 			},
 		},
 		refresh: map[string]error{"a.example": nil, "b.example": errors.New("no answer")},

@@ -56,6 +56,10 @@ const (
 	// tried again, doubled each time: the other side may be starting, too. One
 	// that was is not tried before its next turn (§6.2).
 	retryFirst = 5 * time.Second
+	// pause is the least time between two changes of one bundle that are taken
+	// without being asked for: each wakes every stream of the host. It is half
+	// of what the shortest life of keys leaves to see a new one.
+	pause = 5 * time.Second
 	// staleAfter is how many turns in a row may fail before a person has to look:
 	// a key may sign three to five turns after it was published.
 	staleAfter = 5

@@ -13,6 +13,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -47,6 +49,7 @@ type track struct {
 	started bool            // of Run
 
 	state Status
+	since time.Time // of the last success, or the first look
 }
 
 // Status is how a relationship stands.
@@ -56,11 +59,9 @@ type Status struct {
 	Fetched  time.Time    // when the endpoint answered last since the start; zero: never
 	Next     time.Time    // when it is asked again
 	Failures int          // in a row, up to now
-	Err      error        // of the last; nil if it went well
+	Err      error        // of the last, in words fit for a terminal; nil if it went well
+	Stale    bool         // the bundle may lack a key that signs already
 }
-
-// Stale reports whether the bundle may lack a key that signs already.
-func (s Status) Stale() bool { return s.Failures >= staleAfter }
 
 // NewFollower returns one that follows nobody yet.
 func NewFollower(s store, log hclog.Logger) *Follower {
@@ -186,7 +187,7 @@ func (f *Follower) follow(ctx context.Context, t *track) {
 	var asked chan error // by whom; nil: by the clock
 	for {
 		all, _ := f.store.Bundles()
-		err := f.poll(ctx, t, all)
+		changed, err := f.poll(ctx, t, all)
 		if asked != nil {
 			asked <- err
 			asked = nil
@@ -194,7 +195,7 @@ func (f *Follower) follow(ctx context.Context, t *track) {
 		if ctx.Err() != nil {
 			return
 		}
-		timer := time.NewTimer(f.note(t, err))
+		timer := time.NewTimer(f.note(t, changed, err))
 		for waiting := true; waiting; {
 			// What could not be verified may be as soon as there is another
 			// bundle to verify it with, of this domain or of the endpoint's.
@@ -238,59 +239,72 @@ func (f *Follower) bootstrap(t *track) {
 	f.log.Info("bootstrap bundle in force", "trust_domain", t.TrustDomain.Name(), "sequence", t.Bootstrap.Sequence)
 }
 
-// poll fetches and stores once.
-func (f *Follower) poll(ctx context.Context, t *track, all *svid.Bundles) error {
+// poll fetches and stores once, and reports whether the bundle is another one.
+func (f *Follower) poll(ctx context.Context, t *track, all *svid.Bundles) (changed bool, err error) {
 	got, err := f.dial.fetch(ctx, t.Relationship, all)
+	if err == nil {
+		if got.moved {
+			f.log.Warn("bundle endpoint says that it has moved for good; the configured URL stays in use", "trust_domain", t.TrustDomain.Name(), "url", t.URL)
+		}
+		changed, err = f.take(ctx, t, got.bundle)
+	}
 	if err != nil {
-		return err
+		return false, &failure{err, clip(err.Error())}
 	}
-	if got.moved {
-		f.log.Warn("bundle endpoint says that it has moved for good; the configured URL stays in use", "trust_domain", t.TrustDomain.Name(), "url", t.URL)
-	}
-	return f.take(ctx, t, got.bundle)
+	return changed, nil
 }
+
+// A failure is an error with what a stranger may have put into its words, in a
+// certificate for one, made harmless.
+type failure struct {
+	err  error
+	text string
+}
+
+func (f *failure) Error() string { return f.text }
+func (f *failure) Unwrap() error { return f.err }
 
 // take stores a bundle that is no older than the one there is (§4.2). One
 // without a number is as new as it was fetched; so is one that is other than the
 // last under the same number, which its publisher should not do.
-func (f *Follower) take(ctx context.Context, t *track, b *svid.Bundle) error {
+func (f *Follower) take(ctx context.Context, t *track, b *svid.Bundle) (changed bool, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if ctx.Err() != nil || f.tracks[t.TrustDomain] != t {
-		return ErrNotFollowed
+		return false, ErrNotFollowed
 	}
 	all, _ := f.store.Bundles()
 	had := all.Federated[t.TrustDomain]
 	log := f.log.With("trust_domain", t.TrustDomain.Name(), "url", t.URL, "sequence", b.Sequence)
 	switch {
 	case holdsOurs(b, all.Own):
-		return ErrOurs
+		return false, ErrOurs
 	case had == nil:
 	case b.Sequence != 0 && b.Sequence < had.Sequence:
-		return fmt.Errorf("%w: its sequence is %d, after %d", ErrOlder, b.Sequence, had.Sequence)
+		return false, fmt.Errorf("%w: its sequence is %d, after %d", ErrOlder, b.Sequence, had.Sequence)
 	case had.Equal(b):
-		return nil
+		return false, nil
 	case b.Sequence != 0 && b.Sequence == had.Sequence && !sameAuthorities(had, b):
 		log.Warn("bundle changed under the same sequence number")
 	}
 	if err := f.store.SetFederated(b); err != nil {
-		return fmt.Errorf("store bundle: %w", err)
+		return false, fmt.Errorf("store bundle: %w", err)
 	}
 	if sharesRoot(b, all.Own) {
 		log.Warn("bundle shares an X.509 authority with ours: whoever holds its key can speak for both trust domains")
 	}
 	if len(b.X509Authorities)+len(b.JWTAuthorities) == 0 {
 		log.Warn("bundle is empty: its trust domain has revoked all of its keys")
-		return nil
+		return true, nil
 	}
 	log.Info("bundle followed", "x509_authorities", len(b.X509Authorities), "jwt_authorities", len(b.JWTAuthorities), "gone", gone(had, b))
-	return nil
+	return true, nil
 }
 
 // note writes down how a fetch went and returns how long to wait. What heals by
 // itself is logged, ever more rarely, as a warning; a server that is the wrong
 // one, and a bundle that may lack keys by now, as an error.
-func (f *Follower) note(t *track, err error) time.Duration {
+func (f *Follower) note(t *track, changed bool, err error) time.Duration {
 	all, _ := f.store.Bundles()
 	b := all.Federated[t.TrustDomain]
 	f.mu.Lock()
@@ -298,32 +312,39 @@ func (f *Follower) note(t *track, err error) time.Duration {
 	s := &t.state
 	turn := interval(b)
 	wait := turn - rand.N(turn/10+1) // not all followers at once, and none later than it is told
+	if changed {
+		wait = max(wait, pause)
+	}
 	log := f.log.With("trust_domain", t.TrustDomain.Name(), "url", t.URL)
+	now := time.Now()
+	if t.since.IsZero() {
+		t.since = now
+	}
 	if err == nil {
 		if s.Failures > 0 {
 			log.Info("bundle endpoint answers again", "after_failures", s.Failures)
 		}
 		log.Debug("bundle fetched")
-		s.Failures, s.Err, s.Fetched = 0, nil, time.Now()
+		s.Failures, s.Err, s.Stale, s.Fetched, t.since = 0, nil, false, now, now
 	} else {
-		had := s.Err
+		had, wasStale := s.Err, s.Stale
 		s.Failures, s.Err = s.Failures+1, err
+		s.Stale = s.Failures >= staleAfter && now.Sub(t.since) >= (staleAfter-1)*turn*9/10
 		if s.Fetched.IsZero() {
 			wait = min(wait, retryFirst<<min(s.Failures-1, 12))
 		}
 		// At the first, at the one that makes it urgent, at each doubling, and
 		// when the reason is another.
-		if s.Failures == staleAfter || bits.OnesCount(uint(s.Failures)) == 1 || had == nil || kind(had) != kind(err) {
+		if s.Stale != wasStale || bits.OnesCount(uint(s.Failures)) == 1 || had == nil || kind(had) != kind(err) {
 			f.complain(log, s, b)
 		}
 	}
-	s.Next = time.Now().Add(wait)
+	s.Next = now.Add(wait)
 	return wait
 }
 
 func (f *Follower) complain(log hclog.Logger, s *Status, b *svid.Bundle) {
-	text := clip(s.Err.Error())
-	log = log.With("error", text, "failures", s.Failures)
+	log = log.With("error", s.Err, "failures", s.Failures)
 	if b != nil {
 		log = log.With("sequence", b.Sequence)
 		if end := lastEnd(b); !end.IsZero() {
@@ -335,7 +356,7 @@ func (f *Follower) complain(log hclog.Logger, s *Status, b *svid.Bundle) {
 		log.Error("bundle is not believed, the last good one stays")
 	case b == nil:
 		log.Warn("bundle is not there yet")
-	case s.Stale():
+	case s.Stale:
 		log.Error("bundle is stale, the last good one stays: keys may sign by now that it does not have")
 	default:
 		log.Warn("bundle was not fetched, the last good one stays")
@@ -353,13 +374,19 @@ func kind(err error) error {
 	return nil
 }
 
-// clip bounds what a stranger can make us write.
+// clip bounds what a stranger can make us write, to printable characters.
 func clip(s string) string {
 	const most = 300
-	if len(s) <= most {
-		return s
+	more := ""
+	if len(s) > most {
+		s, more = s[:most], "…"
 	}
-	return strings.ToValidUTF8(s[:most], "") + "…"
+	return strings.Map(func(r rune) rune {
+		if r == utf8.RuneError || !unicode.IsPrint(r) {
+			return '?'
+		}
+		return r
+	}, s) + more
 }
 
 // holdsOurs reports whether a bundle has a JWT key of ours. Those never leave

@@ -203,13 +203,6 @@ func (n *network) listen(address string) *bufconn.Listener {
 	return l
 }
 
-// away takes a host off the network.
-func (n *network) away(host string) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	delete(n.hosts, host+":443")
-}
-
 // serve answers at host:443 with this certificate until the test ends.
 func (n *network) serve(t testing.TB, host string, cert *tls.Certificate, h http.HandlerFunc) {
 	t.Helper()

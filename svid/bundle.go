@@ -22,8 +22,13 @@ import (
 // encodings are what the messages need of a bundle, computed once for the
 // thousands of streams that share it.
 type encodings struct {
-	once sync.Once
-	der  []byte
+	once     sync.Once
+	der      []byte
+	jwt, wit keySet
+}
+
+// A keySet is a JWK Set, or why there is none.
+type keySet struct {
 	jwks []byte
 	err  error
 }
@@ -39,21 +44,32 @@ func (b *Bundle) DER() []byte {
 // key IDs, each for the use jwt-svid. The caller must not change the bytes.
 func (b *Bundle) JWKS() ([]byte, error) {
 	b.encoded.once.Do(b.encode)
-	return b.encoded.jwks, b.encoded.err
+	return b.encoded.jwt.jwks, b.encoded.jwt.err
+}
+
+// WITs is JWKS of the WIT authorities, each for the use wit-svid.
+func (b *Bundle) WITs() ([]byte, error) {
+	b.encoded.once.Do(b.encode)
+	return b.encoded.wit.jwks, b.encoded.wit.err
 }
 
 func (b *Bundle) encode() {
 	for _, c := range b.X509Authorities {
 		b.encoded.der = append(b.encoded.der, c.Raw...)
 	}
+	b.encoded.jwt = b.keySet("jwt-svid", b.JWTAuthorities)
+	b.encoded.wit = b.keySet("wit-svid", b.WITAuthorities)
+}
+
+func (b *Bundle) keySet(use string, keys map[string]crypto.PublicKey) (s keySet) {
 	set := jose.JSONWebKeySet{Keys: []jose.JSONWebKey{}}
-	for _, id := range slices.Sorted(maps.Keys(b.JWTAuthorities)) {
-		set.Keys = append(set.Keys, jose.JSONWebKey{Key: b.JWTAuthorities[id], KeyID: id, Use: "jwt-svid"})
+	for _, id := range slices.Sorted(maps.Keys(keys)) {
+		set.Keys = append(set.Keys, jose.JSONWebKey{Key: keys[id], KeyID: id, Use: use})
 	}
-	b.encoded.jwks, b.encoded.err = json.Marshal(set)
-	if b.encoded.err != nil {
-		b.encoded.err = fmt.Errorf("encode JWT keys of %s: %w", b.TrustDomain, b.encoded.err)
+	if s.jwks, s.err = json.Marshal(set); s.err != nil {
+		s.err = fmt.Errorf("encode %s keys of %s: %w", use, b.TrustDomain, s.err)
 	}
+	return s
 }
 
 // SPIFFE returns the bundle as go-spiffe's, a copy that the caller owns.
@@ -61,6 +77,7 @@ func (b *Bundle) SPIFFE() *spiffebundle.Bundle {
 	s := spiffebundle.New(b.TrustDomain)
 	s.SetX509Authorities(b.X509Authorities)
 	s.SetJWTAuthorities(b.JWTAuthorities)
+	s.SetWITAuthorities(b.WITAuthorities)
 	if b.RefreshHint > 0 {
 		s.SetRefreshHint(b.RefreshHint)
 	}
@@ -76,6 +93,7 @@ func FromSPIFFE(s *spiffebundle.Bundle) *Bundle {
 		TrustDomain:     s.TrustDomain(),
 		X509Authorities: s.X509Authorities(),
 		JWTAuthorities:  s.JWTAuthorities(),
+		WITAuthorities:  s.WITAuthorities(),
 	}
 	b.RefreshHint, _ = s.RefreshHint()
 	b.Sequence, _ = s.SequenceNumber()
@@ -85,7 +103,7 @@ func FromSPIFFE(s *spiffebundle.Bundle) *Bundle {
 // Marshal returns the bundle in SPIFFE's format: a JWK Set with
 // spiffe_sequence and spiffe_refresh_hint.
 func (b *Bundle) Marshal() ([]byte, error) {
-	if len(b.X509Authorities)+len(b.JWTAuthorities) > 0 {
+	if len(b.X509Authorities)+len(b.JWTAuthorities)+len(b.WITAuthorities) > 0 {
 		return b.SPIFFE().Marshal()
 	}
 	// go-spiffe writes null for no keys, which nobody may read: a bundle that
@@ -129,7 +147,12 @@ func parseBundle(td spiffeid.TrustDomain, data []byte) (*Bundle, error) {
 	if doc.Keys == nil {
 		return nil, errors.New("has no keys")
 	}
-	b := &Bundle{TrustDomain: td, Sequence: doc.Sequence, JWTAuthorities: make(map[string]crypto.PublicKey)}
+	b := &Bundle{
+		TrustDomain:    td,
+		Sequence:       doc.Sequence,
+		JWTAuthorities: make(map[string]crypto.PublicKey),
+		WITAuthorities: make(map[string]crypto.PublicKey),
+	}
 	if doc.Hint > 0 {
 		b.RefreshHint = time.Duration(min(doc.Hint, maxHint.Seconds())) * time.Second
 	}
@@ -153,7 +176,7 @@ func (b *Bundle) addKey(raw []byte) error {
 		return err
 	}
 	switch {
-	case about.Use != "x509-svid" && about.Use != "jwt-svid":
+	case !slices.Contains([]string{"x509-svid", "jwt-svid", "wit-svid"}, about.Use):
 		return nil
 	case about.Use == "x509-svid" && len(about.Chain) == 0:
 		return nil // X509-SVID §6.2
@@ -177,10 +200,16 @@ func (b *Bundle) addKey(raw []byte) error {
 	case key.KeyID == "":
 		return errors.New("has no key ID")
 	default:
-		if had, ok := b.JWTAuthorities[key.KeyID]; ok && !equalKeys(had, key.Key) {
+		keys, others := b.JWTAuthorities, b.WITAuthorities
+		if about.Use == "wit-svid" {
+			keys, others = others, keys
+		}
+		had, again := keys[key.KeyID]
+		// WIT-SVID §6.1: not even one key for two uses.
+		if _, taken := others[key.KeyID]; taken || again && !equalKeys(had, key.Key) {
 			return fmt.Errorf("has the key ID %.100q of another", key.KeyID)
 		}
-		b.JWTAuthorities[key.KeyID] = key.Key
+		keys[key.KeyID] = key.Key
 	}
 	return nil
 }
@@ -193,7 +222,8 @@ func (b *Bundle) Equal(o *Bundle) bool {
 	}
 	return b.TrustDomain == o.TrustDomain && b.Sequence == o.Sequence && b.RefreshHint == o.RefreshHint &&
 		slices.EqualFunc(b.X509Authorities, o.X509Authorities, (*x509.Certificate).Equal) &&
-		maps.EqualFunc(b.JWTAuthorities, o.JWTAuthorities, equalKeys)
+		maps.EqualFunc(b.JWTAuthorities, o.JWTAuthorities, equalKeys) &&
+		maps.EqualFunc(b.WITAuthorities, o.WITAuthorities, equalKeys)
 }
 
 // Restrict returns our own bundle and those of these trust domains only, as far

@@ -23,9 +23,11 @@ func TestBundleSurvivesItsFormat(t *testing.T) {
 			TrustDomain:     td,
 			X509Authorities: []*x509.Certificate{selfSigned(t, ca)},
 			JWTAuthorities:  map[string]crypto.PublicKey{"k": jwt.Public()},
+			WITAuthorities:  map[string]crypto.PublicKey{"w": ca.Public()},
 			RefreshHint:     5 * time.Minute,
 			Sequence:        42,
 		},
+		"WIT alone":     {TrustDomain: td, WITAuthorities: map[string]crypto.PublicKey{"w": ca.Public()}},
 		"trusts nobody": {TrustDomain: td, Sequence: 43},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -152,28 +154,34 @@ func TestBundleEncodingsForTheWorkloadAPI(t *testing.T) {
 	if diff := cmp.Diff(b.X509Authorities[0].Raw, b.DER()); diff != "" {
 		t.Error(diff)
 	}
-	data, err := b.JWKS()
-	if err != nil {
-		t.Fatal(err)
-	}
-	var set struct {
-		Keys []map[string]string `json:"keys"`
-	}
-	if err := json.Unmarshal(data, &set); err != nil {
-		t.Fatal(err)
-	}
-	if len(set.Keys) != 1 || set.Keys[0]["use"] != "jwt-svid" || set.Keys[0]["kid"] != "key" || set.Keys[0]["d"] != "" {
-		t.Errorf("got %s, want the public JWT key alone", data)
-	}
 	empty := &svid.Bundle{TrustDomain: td}
-	if data, err := empty.JWKS(); err != nil || string(data) != `{"keys":[]}` {
-		t.Errorf("got %s, %v, want an empty set", data, err)
+	for _, form := range []struct {
+		use, kid string
+		encode   func(*svid.Bundle) ([]byte, error)
+	}{{"jwt-svid", "key", (*svid.Bundle).JWKS}, {"wit-svid", "wit", (*svid.Bundle).WITs}} {
+		data, err := form.encode(b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var set struct {
+			Keys []map[string]string `json:"keys"`
+		}
+		if err := json.Unmarshal(data, &set); err != nil {
+			t.Fatal(err)
+		}
+		if len(set.Keys) != 1 || set.Keys[0]["use"] != form.use || set.Keys[0]["kid"] != form.kid || set.Keys[0]["d"] != "" {
+			t.Errorf("got %s, want the public key for %s alone", data, form.use)
+		}
+		if data, err := form.encode(empty); err != nil || string(data) != `{"keys":[]}` {
+			t.Errorf("got %s, %v, want an empty set", data, err)
+		}
 	}
 }
 
 func FuzzParseBundle(f *testing.F) {
 	f.Add([]byte(`{"keys":[{"use":"jwt-svid","kty":"EC","kid":"k","crv":"P-256","x":"","y":""}],"spiffe_sequence":1,"spiffe_refresh_hint":-1}`))
 	f.Add([]byte(`{"keys":[null,{"use":"x509-svid"}]}`))
+	f.Add([]byte(`{"keys":[{"use":"wit-svid","kty":"oct","kid":"k","k":"AA"},{"use":"wit-svid","kty":"OKP","kid":"o","crv":"Ed25519","x":"AA"}]}`))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		b, err := svid.ParseBundle(td, data)
 		if err != nil {
@@ -183,8 +191,10 @@ func FuzzParseBundle(f *testing.F) {
 			t.Errorf("got %v", b.TrustDomain)
 		}
 		b.DER()
-		if _, err := b.JWKS(); err != nil {
-			t.Errorf("encode what was parsed: %v", err)
+		for _, encode := range []func() ([]byte, error){b.JWKS, b.WITs} {
+			if _, err := encode(); err != nil {
+				t.Errorf("encode what was parsed: %v", err)
+			}
 		}
 	})
 }

@@ -35,7 +35,7 @@ func LeafExpired(c *x509.Certificate, issued, now time.Time) bool {
 
 func leafOf(c *x509.Certificate, issued time.Time) *leaf {
 	life := c.NotAfter.Sub(issued)
-	return &leaf{X509: X509{Chain: []*x509.Certificate{c}}, issued: issued, life: life, renew: life / 2}
+	return &leaf{X509{Chain: []*x509.Certificate{c}}, term{begins: c.NotBefore, issued: issued, life: life, renew: life / 2}}
 }
 
 // TokenFresh judges a token of five minutes.

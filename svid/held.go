@@ -22,6 +22,7 @@ type held struct {
 	renewal  chan struct{} // closes when the one that is under way ends
 	tokens   map[tokenKey]*token
 	minting  map[tokenKey]chan struct{}
+	wit      *heldWIT // nil: none was asked for
 }
 
 // hold returns what is kept for the holder, at first nothing.
@@ -71,6 +72,10 @@ func (k *Keeper) drop(id uint64, kept *held) {
 	kept.gone = true
 	kept.retire()
 	kept.snapshot, kept.given, kept.leaves, kept.tokens = nil, nil, nil, nil
+	if kept.wit != nil {
+		kept.wit.retire()
+		kept.wit.snapshot, kept.wit.given, kept.wit.bonds = nil, nil, nil
+	}
 }
 
 // watch makes snapshots stale when a bundle in them changed, or the clock
@@ -111,6 +116,9 @@ func (k *Keeper) sweep(now time.Time) {
 			if changed || slices.ContainsFunc(kept.leaves, func(l leaf) bool { return l.due(now) }) {
 				kept.retire()
 			}
+		}
+		if kept.wit != nil {
+			kept.wit.sweep(now)
 		}
 		kept.mu.Unlock()
 	}

@@ -2,16 +2,13 @@ package svid
 
 import (
 	"bytes"
-	"cmp"
 	"crypto"
-	"crypto/ecdsa"
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/asn1"
-	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -31,8 +28,6 @@ const (
 	// maxID is the longest SPIFFE ID that every implementation accepts
 	// (SPIFFE-ID §2.3).
 	maxID = 2048
-	// maxSignature is room for that of an RSA key of 4096 bits.
-	maxSignature = 512
 	// maxCommonName is ub-common-name of RFC 5280.
 	maxCommonName = 64
 	// maxUserID is ub-user-identifier of RFC 1274. The standards since then have
@@ -46,11 +41,11 @@ var userID = asn1.ObjectIdentifier{0, 9, 2342, 19200300, 100, 1, 1}
 // An Issuer signs with keys that this machine holds. It is immutable: after a
 // rotation there is another. Its Validity is the caller's to check.
 type Issuer struct {
-	o      IssuerOptions
-	ca     *x509.Certificate
-	above  []*x509.Certificate // what follows the leaf in a chain
-	alg    jwtAlgorithm
-	header string // of every token, encoded
+	o     IssuerOptions
+	ca    *x509.Certificate
+	above []*x509.Certificate // what follows the leaf in a chain
+	jwt   tokenSigner
+	wit   tokenSigner // zero: signs none
 }
 
 // IssuerOptions of an Issuer.
@@ -62,6 +57,10 @@ type IssuerOptions struct {
 	JWTKeyID    string
 	JWTUntil    time.Time // no token outlives it: the key's end
 	JWTIssuer   string    // the iss claim; none if empty
+
+	WITKey   crypto.Signer // as JWTKey; nil: no WIT-SVIDs
+	WITKeyID string
+	WITUntil time.Time
 }
 
 // NewIssuer returns an issuer with these keys.
@@ -69,24 +68,26 @@ func NewIssuer(o IssuerOptions) (*Issuer, error) {
 	if len(o.CAChain) == 0 {
 		return nil, errors.New("issuer has no CA certificate")
 	}
-	alg, err := algorithmFor(o.JWTKey.Public())
+	jwt, err := newTokenSigner("JWT", o.JWTKey, o.JWTKeyID, o.JWTUntil)
 	if err != nil {
 		return nil, fmt.Errorf("issuer's JWT key: %w", err)
 	}
-	header, err := json.Marshal(jwtHeader{Algorithm: alg.name, KeyID: o.JWTKeyID, Type: "JWT"})
-	if err != nil {
-		return nil, err
+	var wit tokenSigner
+	if o.WITKey != nil {
+		if wit, err = newTokenSigner(witType, o.WITKey, o.WITKeyID, o.WITUntil); err != nil {
+			return nil, fmt.Errorf("issuer's WIT key: %w", err)
+		}
 	}
 	above := o.CAChain[:len(o.CAChain):len(o.CAChain)]
 	if ca := above[0]; bytes.Equal(ca.RawIssuer, ca.RawSubject) && ca.CheckSignatureFrom(ca) == nil {
 		above = nil // it is a root itself, which verifiers have from the bundle
 	}
 	return &Issuer{
-		o:      o,
-		ca:     o.CAChain[0],
-		above:  above,
-		alg:    alg,
-		header: base64.RawURLEncoding.EncodeToString(header) + ".",
+		o:     o,
+		ca:    o.CAChain[0],
+		above: above,
+		jwt:   jwt,
+		wit:   wit,
 	}, nil
 }
 
@@ -107,11 +108,11 @@ func (i *Issuer) NodeX509(pub crypto.PublicKey, ttl time.Duration) ([]*x509.Cert
 
 func (i *Issuer) certify(id spiffeid.ID, pub crypto.PublicKey, dnsNames []string, ttl time.Duration) ([]*x509.Certificate, error) {
 	usage := x509.KeyUsageDigitalSignature
-	if k, ok := pub.(*rsa.PublicKey); ok {
-		if k.N.BitLen() < 2048 || k.N.BitLen() > 8192 {
-			return nil, fmt.Errorf("sign certificate for %s: RSA key of %d bits, want 2048 to 8192", id, k.N.BitLen())
-		}
+	if _, ok := pub.(*rsa.PublicKey); ok {
 		usage |= x509.KeyUsageKeyEncipherment
+	}
+	if err := checkSize(pub); err != nil {
+		return nil, fmt.Errorf("sign certificate for %s: %w", id, err)
 	}
 	now := time.Now()
 	notBefore, notAfter := seconds(now.Add(-backdate)), seconds(now.Add(ttl))
@@ -162,28 +163,6 @@ func (i *Issuer) certify(id spiffeid.ID, pub crypto.PublicKey, dnsNames []string
 	return append([]*x509.Certificate{leaf}, i.above...), nil
 }
 
-// A Token is a signed JWT-SVID with its times.
-type Token struct {
-	Compact string // JWS compact form
-	Issued  time.Time
-	Expires time.Time
-}
-
-type jwtHeader struct {
-	Algorithm string `json:"alg"`
-	KeyID     string `json:"kid"`
-	Type      string `json:"typ"`
-}
-
-type jwtClaims struct {
-	Audience []string `json:"aud"`
-	Expires  int64    `json:"exp"`
-	Issued   int64    `json:"iat"`
-	Issuer   string   `json:"iss,omitempty"`
-	ID       string   `json:"jti"`
-	Subject  string   `json:"sub"`
-}
-
 // JWT returns a new JWT-SVID. Its life ends with the key's at the latest; less
 // than a second of it is ErrNotReady.
 func (i *Issuer) JWT(id spiffeid.ID, audience []string, ttl time.Duration) (Token, error) {
@@ -199,40 +178,20 @@ func (i *Issuer) JWTWith(id spiffeid.ID, audience []string, ttl time.Duration, p
 	if len(audience) == 0 {
 		return Token{}, fmt.Errorf("sign token for %s: no audience", id)
 	}
-	now := time.Now()
-	t := Token{Issued: seconds(now), Expires: seconds(now.Add(ttl))}
-	if until := seconds(i.o.JWTUntil); t.Expires.After(until) {
-		t.Expires = until
-	}
-	if !t.Expires.After(now) {
-		return Token{}, fmt.Errorf("sign token for %s: the key ends at %s: %w", id, i.o.JWTUntil.Format(time.RFC3339), ErrNotReady)
-	}
-	claims, err := json.Marshal(jwtClaims{
-		Audience: audience,
-		Expires:  t.Expires.Unix(),
-		Issued:   t.Issued.Unix(),
-		Issuer:   i.o.JWTIssuer,
-		ID:       rand.Text(), // 130 bits
-		Subject:  id.String(),
+	return i.jwt.token(id, ttl, func(t Token) ([]byte, error) {
+		claims, err := json.Marshal(jwtClaims{
+			Audience: audience,
+			Expires:  t.Expires.Unix(),
+			Issued:   t.Issued.Unix(),
+			Issuer:   i.o.JWTIssuer,
+			ID:       rand.Text(), // 130 bits
+			Subject:  id.String(),
+		})
+		if err != nil || len(private) == 0 {
+			return claims, err
+		}
+		return withPrivate(claims, private)
 	})
-	if err == nil && len(private) > 0 {
-		claims, err = withPrivate(claims, private)
-	}
-	if err != nil {
-		return Token{}, fmt.Errorf("sign token for %s: %w", id, err)
-	}
-	enc := base64.RawURLEncoding
-	size := enc.EncodedLen(len(claims))
-	buf := make([]byte, 0, len(i.header)+size+1+enc.EncodedLen(cmp.Or(2*i.alg.half, maxSignature)))
-	buf = append(buf, i.header...)
-	buf = enc.AppendEncode(buf, claims)
-	sig, err := i.alg.sign(i.o.JWTKey, buf)
-	if err != nil {
-		return Token{}, fmt.Errorf("sign token for %s: %w", id, err)
-	}
-	buf = append(buf, '.')
-	t.Compact = string(enc.AppendEncode(buf, sig))
-	return t, nil
 }
 
 // withPrivate adds claims to an object that is encoded already.
@@ -273,20 +232,4 @@ func subjectKeyID(pub crypto.PublicKey) ([]byte, error) {
 	}
 	sum := sha256.Sum256(der)
 	return sum[:20], nil
-}
-
-func (a jwtAlgorithm) sign(key crypto.Signer, signed []byte) ([]byte, error) {
-	sum := a.digest(signed)
-	k, ok := key.(*ecdsa.PrivateKey)
-	if !ok {
-		return key.Sign(rand.Reader, sum, a.opts())
-	}
-	r, s, err := ecdsa.Sign(rand.Reader, k, sum)
-	if err != nil {
-		return nil, err
-	}
-	sig := make([]byte, 2*a.half)
-	r.FillBytes(sig[:a.half])
-	s.FillBytes(sig[a.half:])
-	return sig, nil
 }

@@ -201,9 +201,7 @@ func (k *Keeper) issueAll(ctx context.Context, entries []registry.Entry, old []l
 			l = old[i]
 			l.Entry = e
 			if ctx.Err() == nil {
-				l.failures++
-				wait := backoff(l.failures)
-				l.retry = time.Now().Add(wait)
+				wait := l.postpone()
 				k.log.Warn("renewal failed, keeping the SVID", "entry", e.ID, "spiffe_id", e.SPIFFEID.String(),
 					"expires", l.Chain[0].NotAfter, "retry_in", wait.Round(time.Millisecond), "error", err)
 			}
@@ -235,13 +233,11 @@ func (k *Keeper) issue(ctx context.Context, e registry.Entry) (leaf, error) {
 	if len(chain) == 0 {
 		return leaf{}, errors.New("authority returned no certificate")
 	}
-	life := chain[0].NotAfter.Sub(issued)
-	if life <= 0 {
+	l := leaf{X509{Entry: e, Chain: chain, Signer: key}, newTerm(chain[0].NotBefore, issued, chain[0].NotAfter)}
+	if l.life <= 0 {
 		return leaf{}, errors.New("authority returned a certificate that has expired")
 	}
-	// Half of the life, ±10 %, so that what was issued at once is not renewed at once.
-	renew := time.Duration(float64(life) * (0.45 + 0.1*rand.Float64()))
-	return leaf{X509: X509{Entry: e, Chain: chain, Signer: key}, issued: issued, life: life, renew: renew}, nil
+	return l, nil
 }
 
 // subsets shares the restricted bundles between holders, and with them what is

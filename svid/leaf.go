@@ -1,16 +1,18 @@
 package svid
 
 import (
+	"math/rand/v2"
 	"time"
 
 	"github.com/deputy-id/deputy/svid/registry"
 )
 
-// A leaf is an SVID with what its renewal needs. It is judged by both clocks:
-// the wall clock, which verifiers go by, and the monotonic one, so that an SVID
-// does not live longer because somebody set the clock back.
-type leaf struct {
-	X509
+// A term is the life of what was issued, with what its renewal needs. It is
+// judged by both clocks: the wall clock, which verifiers go by, and the
+// monotonic one, so that nothing lives longer because somebody set the clock
+// back.
+type term struct {
+	begins   time.Time
 	issued   time.Time // wall and monotonic
 	life     time.Duration
 	renew    time.Duration // after issued
@@ -18,36 +20,60 @@ type leaf struct {
 	retry    time.Time     // no attempt before, if any failed
 }
 
-func (l *leaf) certifies(e *registry.Entry) bool { return sameCertificate(&l.Entry, e) }
+// newTerm is renewed at half of its life, ±10 %, so that what was issued at
+// once is not renewed at once.
+func newTerm(begins, issued, ends time.Time) term {
+	life := ends.Sub(issued)
+	return term{begins: begins, issued: issued, life: life, renew: time.Duration(float64(life) * (0.45 + 0.1*rand.Float64()))}
+}
 
-// due reports whether the leaf is to be renewed now.
-func (l *leaf) due(now time.Time) bool {
-	if l.expired(now) {
+// due reports whether it is to be renewed now.
+func (t *term) due(now time.Time) bool {
+	if t.expired(now) {
 		return true
 	}
-	if l.failures > 0 && now.Before(l.retry) {
+	if t.failures > 0 && now.Before(t.retry) {
 		return false
 	}
-	return passed(l.issued, l.renew, now) || now.Before(l.Chain[0].NotBefore)
+	return passed(t.issued, t.renew, now) || now.Before(t.begins)
 }
 
-func (l *leaf) expired(now time.Time) bool { return passed(l.issued, l.life, now) }
+func (t *term) expired(now time.Time) bool { return passed(t.issued, t.life, now) }
 
-// next is when the leaf will be due, as far as the monotonic clock knows.
-func (l *leaf) next() time.Time {
-	if l.failures == 0 {
-		return l.issued.Add(l.renew)
+// next is when it will be due, as far as the monotonic clock knows.
+func (t *term) next() time.Time {
+	if t.failures == 0 {
+		return t.issued.Add(t.renew)
 	}
-	if end := l.issued.Add(l.life); end.Before(l.retry) {
+	if end := t.issued.Add(t.life); end.Before(t.retry) {
 		return end
 	}
-	return l.retry
+	return t.retry
 }
 
-// nextRenewal is when the first of the leaves will be due.
-func nextRenewal(leaves []leaf) (at time.Time, ok bool) {
-	for i := range leaves {
-		if t := leaves[i].next(); !ok || t.Before(at) {
+// postpone notes a renewal that failed, and returns how long nobody tries again.
+func (t *term) postpone() time.Duration {
+	t.failures++
+	wait := backoff(t.failures)
+	t.retry = time.Now().Add(wait)
+	return wait
+}
+
+// A leaf is an X.509-SVID with its term.
+type leaf struct {
+	X509
+	term
+}
+
+func (l *leaf) certifies(e *registry.Entry) bool { return sameCertificate(&l.Entry, e) }
+
+// nextRenewal is when the first of them will be due.
+func nextRenewal[L any, P interface {
+	*L
+	next() time.Time
+}](all []L) (at time.Time, ok bool) {
+	for i := range all {
+		if t := P(&all[i]).next(); !ok || t.Before(at) {
 			at, ok = t, true
 		}
 	}

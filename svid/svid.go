@@ -47,6 +47,7 @@ type Bundle struct {
 	TrustDomain     spiffeid.TrustDomain
 	X509Authorities []*x509.Certificate
 	JWTAuthorities  map[string]crypto.PublicKey // by key ID
+	WITAuthorities  map[string]crypto.PublicKey // likewise; no ID is in both
 	RefreshHint     time.Duration               // 0: none
 	Sequence        uint64
 

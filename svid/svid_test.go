@@ -28,6 +28,7 @@ type authority struct {
 	bundles *watch.Value[*svid.Bundles]
 	signed  atomic.Int64
 	minted  atomic.Int64
+	bound   atomic.Int64
 	ttl     time.Duration
 	gate    chan struct{} // X509 waits on it, if set
 
@@ -77,11 +78,33 @@ func (a *authority) JWT(_ context.Context, e registry.Entry, audience []string) 
 	return a.issuer.JWT(e.SPIFFEID, audience, 5*time.Minute)
 }
 
+func (a *authority) WIT(ctx context.Context, e registry.Entry, pub crypto.PublicKey) (svid.Token, error) {
+	if a.gate != nil {
+		select {
+		case <-a.gate:
+		case <-ctx.Done():
+			return svid.Token{}, ctx.Err()
+		}
+	}
+	if err := a.failure(); err != nil {
+		return svid.Token{}, err
+	}
+	ttl := e.X509TTL
+	if ttl == 0 {
+		ttl = a.ttl
+	}
+	t, err := a.issuer.WIT(e.SPIFFEID, pub, ttl)
+	if err == nil {
+		a.bound.Add(1)
+	}
+	return t, err
+}
+
 func (a *authority) Bundles() (*svid.Bundles, <-chan struct{}) { return a.bundles.Load() }
 
 func newAuthority(t testing.TB, kind svid.KeyType) *authority {
 	t.Helper()
-	ca, jwt := mustKey(t, kind), mustKey(t, kind)
+	ca, jwt, wit := mustKey(t, kind), mustKey(t, kind), mustKey(t, kind)
 	cert := selfSigned(t, ca)
 	i, err := svid.NewIssuer(svid.IssuerOptions{
 		TrustDomain: td,
@@ -90,6 +113,9 @@ func newAuthority(t testing.TB, kind svid.KeyType) *authority {
 		JWTKey:      jwt,
 		JWTKeyID:    "key",
 		JWTUntil:    cert.NotAfter,
+		WITKey:      wit,
+		WITKeyID:    "wit",
+		WITUntil:    cert.NotAfter,
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -98,6 +124,7 @@ func newAuthority(t testing.TB, kind svid.KeyType) *authority {
 		TrustDomain:     td,
 		X509Authorities: []*x509.Certificate{cert},
 		JWTAuthorities:  map[string]crypto.PublicKey{"key": jwt.Public()},
+		WITAuthorities:  map[string]crypto.PublicKey{"wit": wit.Public()},
 		Sequence:        1,
 	}})}
 }

@@ -9,7 +9,6 @@ import (
 	"io"
 	"math"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -41,82 +40,45 @@ func validate(token, audience string, bundles *Bundles, now time.Time) (spiffeid
 	if audience == "" {
 		return none, nil, errors.New("no audience to check for")
 	}
-	if len(token) > maxToken {
-		return none, nil, fmt.Errorf("token is longer than %d bytes", maxToken)
-	}
-	headerPart, rest, ok := strings.Cut(token, ".")
-	payloadPart, sigPart, ok2 := strings.Cut(rest, ".")
-	if !ok || !ok2 || strings.Contains(sigPart, ".") {
-		return none, nil, errors.New("token is not in JWS compact form")
-	}
-	alg, keyID, err := parseHeader(headerPart)
+	t, err := parseJWS(token)
 	if err != nil {
 		return none, nil, err
 	}
-	claims, err := parseObject(payloadPart)
+	alg, keyID, err := checkHeader(t)
 	if err != nil {
-		return none, nil, fmt.Errorf("payload: %w", err)
-	}
-	sig, err := strict.DecodeString(sigPart)
-	if err != nil {
-		return none, nil, errors.New("signature is not base64url")
-	}
-	sub, _ := claims["sub"].(string)
-	id, err := spiffeid.FromString(sub)
-	if err != nil {
-		return none, nil, fmt.Errorf("claim sub: %w", err)
-	}
-	if id.Path() == "" {
-		return none, nil, errors.New("claim sub: the ID has no path, so it is no workload's")
-	}
-	bundle, ok := bundles.Of(id.TrustDomain())
-	if !ok {
-		return none, nil, fmt.Errorf("%s: %w", id.TrustDomain(), ErrNoBundle)
-	}
-	key, ok := bundle.JWTAuthorities[keyID]
-	if !ok {
-		return none, nil, fmt.Errorf("trust domain %s has no key with this key ID", id.TrustDomain())
-	}
-	if err := alg.verify(key, []byte(token[:len(headerPart)+1+len(payloadPart)]), sig); err != nil {
 		return none, nil, err
 	}
-	if err := checkAudience(claims["aud"], audience); err != nil {
+	id, bundle, err := t.subject(bundles)
+	if err != nil {
 		return none, nil, err
 	}
-	if err := checkTimes(claims, now); err != nil {
+	if err := t.verify(alg, keyID, bundle.JWTAuthorities, id); err != nil {
 		return none, nil, err
 	}
-	return id, claims, nil
+	if err := checkAudience(t.claims["aud"], audience); err != nil {
+		return none, nil, err
+	}
+	if err := checkTimes(t.claims, now, "nbf", "iat"); err != nil {
+		return none, nil, err
+	}
+	return id, t.claims, nil
 }
 
 // strict refuses what a second encoding of the same bytes would be.
 var strict = base64.RawURLEncoding.Strict()
 
-// parseHeader accepts alg, kid and typ and nothing else (JWT-SVID §2): a
+// checkHeader accepts alg, kid and typ and nothing else (JWT-SVID §2): a
 // parameter that it would pass over could change what the signature means.
-func parseHeader(part string) (jwtAlgorithm, string, error) {
-	header, err := parseObject(part)
-	if err != nil {
-		return jwtAlgorithm{}, "", fmt.Errorf("header: %w", err)
-	}
-	for name := range header {
+func checkHeader(t *jws) (jwtAlgorithm, string, error) {
+	for name := range t.header {
 		if name != "alg" && name != "kid" && name != "typ" {
 			return jwtAlgorithm{}, "", fmt.Errorf("header parameter %q is not allowed", name)
 		}
 	}
-	if typ, ok := header["typ"]; ok && typ != "JWT" && typ != "JOSE" {
+	if typ, ok := t.header["typ"]; ok && typ != "JWT" && typ != "JOSE" {
 		return jwtAlgorithm{}, "", errors.New("header typ is neither JWT nor JOSE")
 	}
-	name, _ := header["alg"].(string)
-	alg, ok := algorithms[name]
-	if !ok {
-		return jwtAlgorithm{}, "", errors.New("header alg is none that a JWT-SVID may have")
-	}
-	keyID, _ := header["kid"].(string)
-	if keyID == "" {
-		return jwtAlgorithm{}, "", errors.New("header has no kid")
-	}
-	return alg, keyID, nil
+	return t.algorithm()
 }
 
 func parseObject(part string) (map[string]any, error) {
@@ -158,7 +120,9 @@ func checkAudience(aud any, want string) error {
 	return errors.New("token is not for this audience")
 }
 
-func checkTimes(claims map[string]any, now time.Time) error {
+// checkTimes wants an end that lies ahead, and beginnings, where they are there,
+// that do not.
+func checkTimes(claims map[string]any, now time.Time, beginnings ...string) error {
 	at := float64(now.UnixNano()) / 1e9
 	exp, ok, err := numericDate(claims, "exp")
 	switch {
@@ -169,7 +133,7 @@ func checkTimes(claims map[string]any, now time.Time) error {
 	case at >= exp:
 		return errors.New("token has expired")
 	}
-	for _, name := range []string{"nbf", "iat"} {
+	for _, name := range beginnings {
 		t, ok, err := numericDate(claims, name)
 		if err != nil {
 			return err

@@ -89,7 +89,8 @@ func signCA(template, parent *x509.Certificate, pub crypto.PublicKey, signer cry
 	return x509.ParseCertificate(der)
 }
 
-func (a *Authority) makeJWTKey(now time.Time) (*slot, error) {
+// makeTokenKey makes a key that signs JWT- or WIT-SVIDs, never both.
+func (a *Authority) makeTokenKey(now time.Time) (*slot, error) {
 	key, err := a.o.KeyType.Generate()
 	if err != nil {
 		return nil, err

@@ -55,12 +55,13 @@ type Options struct {
 	TrustDomain spiffeid.TrustDomain
 	DataDir     string        // directory of keys and federated bundles; empty: nothing is stored
 	Memory      bool          // keys are not stored, even if there is a DataDir
-	CATTL       time.Duration // life of CA and JWT keys; 0: 24 h
+	CATTL       time.Duration // life of CA, JWT and WIT keys; 0: 24 h
 	X509TTL     time.Duration // of entries that say nothing; 0: 1 h
 	JWTTTL      time.Duration // of entries that say nothing; 0: 5 min
-	KeyType     svid.KeyType  // of CA and JWT keys; empty: ec-p256
+	KeyType     svid.KeyType  // of CA, JWT and WIT keys; empty: ec-p256
 	JWTIssuer   string        // the iss claim of JWT-SVIDs; empty: none
 	RefreshHint time.Duration // how often others are told to fetch the bundle; 0: five times before a new key signs, at least every 5 min
+	WIT         bool          // sign WIT-SVIDs, too
 	Upstream    Upstream      // zero: the CA is self-signed
 	Claims      claimer       // of JWT-SVIDs; nil: none beside the standard's
 	Log         hclog.Logger
@@ -252,6 +253,16 @@ func (a *Authority) X509(_ context.Context, e registry.Entry, key crypto.Signer)
 // JWT implements svid.Authority.
 func (a *Authority) JWT(_ context.Context, e registry.Entry, audience []string) (svid.Token, error) {
 	return a.MintJWT(e.SPIFFEID, audience, e.JWTTTL)
+}
+
+// WIT returns a WIT-SVID for the entry's ID and a public key. Such an SVID is
+// bound to a key as an X.509-SVID is, so it lives as long as one.
+func (a *Authority) WIT(_ context.Context, e registry.Entry, pub crypto.PublicKey) (svid.Token, error) {
+	i, err := a.issuer()
+	if err != nil {
+		return svid.Token{}, err
+	}
+	return i.WIT(e.SPIFFEID, pub, a.limit(e.X509TTL, a.o.X509TTL))
 }
 
 // Bundles implements svid.Authority.

@@ -68,7 +68,7 @@ func (a *Authority) rotate(now time.Time) error {
 // have left, which is no more than all of it and, for one that seems to have
 // ended, as much as what it signed may have left. The caller holds mu, or is Open.
 func (a *Authority) watchEnds(s *state, now time.Time) {
-	all := slices.Concat(s.X509.all(), s.JWT.all())
+	all := slices.Concat(s.X509.all(), s.JWT.all(), s.WIT.all())
 	ends := make(map[string]time.Time, len(all))
 	for _, k := range all {
 		end, known := a.ends[k.ID]
@@ -116,13 +116,22 @@ func (a *Authority) rotateLocked(now time.Time) error {
 	next := *a.state
 	a.watchEnds(&next, now)
 	var failed error
-	for _, k := range []struct {
+	type kind struct {
 		name  string
 		slots *slots
 		fits  func(*slot) bool
 		make  func(time.Time) (*slot, error)
-	}{{"X.509", &next.X509, a.fits, a.makeCA}, {"JWT", &next.JWT, func(*slot) bool { return true }, a.makeJWTKey}} {
-		forced, err := k.slots.step(now, func(o *slot) bool { return a.ended(o, now) }, k.fits, k.make)
+	}
+	ended := func(o *slot) bool { return a.ended(o, now) }
+	every := func(*slot) bool { return true }
+	kinds := []kind{{"X.509", &next.X509, a.fits, a.makeCA}, {"JWT", &next.JWT, every, a.makeTokenKey}}
+	if a.o.WIT {
+		kinds = append(kinds, kind{"WIT", &next.WIT, every, a.makeTokenKey})
+	} else {
+		next.WIT.retire(ended)
+	}
+	for _, k := range kinds {
+		forced, err := k.slots.step(now, ended, k.fits, k.make)
 		if err != nil && failed == nil {
 			failed = fmt.Errorf("rotate %s key: %w", k.name, err)
 		}
@@ -163,7 +172,7 @@ func (a *Authority) rotateLocked(now time.Time) error {
 // use publishes and signs with a state that is stored. The caller holds mu, or
 // is Open.
 func (a *Authority) use(s *state) error {
-	issuer, err := svid.NewIssuer(svid.IssuerOptions{
+	o := svid.IssuerOptions{
 		TrustDomain: a.o.TrustDomain,
 		CAKey:       s.X509.Active.key,
 		CAChain:     s.X509.Active.chain,
@@ -171,7 +180,11 @@ func (a *Authority) use(s *state) error {
 		JWTKeyID:    s.JWT.Active.ID,
 		JWTUntil:    s.JWT.Active.Expires,
 		JWTIssuer:   a.o.JWTIssuer,
-	})
+	}
+	if wit := s.WIT.Active; wit != nil {
+		o.WITKey, o.WITKeyID, o.WITUntil = wit.key, wit.ID, wit.Expires
+	}
+	issuer, err := svid.NewIssuer(o)
 	if err != nil {
 		return err
 	}
@@ -191,6 +204,7 @@ func (a *Authority) bundle(s *state) *svid.Bundle {
 		TrustDomain:    a.o.TrustDomain,
 		Sequence:       s.Sequence,
 		JWTAuthorities: make(map[string]crypto.PublicKey),
+		WITAuthorities: make(map[string]crypto.PublicKey),
 		RefreshHint:    a.o.RefreshHint,
 	}
 	for _, c := range s.X509.all() {
@@ -203,12 +217,16 @@ func (a *Authority) bundle(s *state) *svid.Bundle {
 	for _, k := range s.JWT.all() {
 		b.JWTAuthorities[k.ID] = k.pub
 	}
+	for _, k := range s.WIT.all() {
+		b.WITAuthorities[k.ID] = k.pub
+	}
 	slices.SortFunc(b.X509Authorities, func(x, y *x509.Certificate) int { return bytes.Compare(x.Raw, y.Raw) })
 	return b
 }
 
-// sameAuthorities compares JWT keys by their IDs, which are digests of them.
+// sameAuthorities compares JWT and WIT keys by their IDs, which are digests of them.
 func sameAuthorities(a, b *svid.Bundle) bool {
+	same := func(crypto.PublicKey, crypto.PublicKey) bool { return true }
 	return slices.EqualFunc(a.X509Authorities, b.X509Authorities, (*x509.Certificate).Equal) &&
-		maps.EqualFunc(a.JWTAuthorities, b.JWTAuthorities, func(crypto.PublicKey, crypto.PublicKey) bool { return true })
+		maps.EqualFunc(a.JWTAuthorities, b.JWTAuthorities, same) && maps.EqualFunc(a.WITAuthorities, b.WITAuthorities, same)
 }

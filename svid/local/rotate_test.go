@@ -20,12 +20,13 @@ import (
 
 	"github.com/deputy-id/deputy/internal/durable"
 	"github.com/deputy-id/deputy/svid"
+	"github.com/deputy-id/deputy/svid/registry"
 )
 
 // issued is an SVID of each kind, and when they end.
 type issued struct {
 	chain       []*x509.Certificate
-	token       svid.Token
+	token, wit  svid.Token
 	x509Expires time.Time
 }
 
@@ -33,8 +34,8 @@ type issued struct {
 // by every bundle that is not older than a third of the CA's life.
 func TestRotationNeverLeavesALiveSVIDUnverifiable(t *testing.T) {
 	for name, o := range map[string]Options{
-		"usual": {CATTL: 24 * time.Hour, X509TTL: 4 * time.Hour, JWTTTL: 4 * time.Hour},
-		"short": {CATTL: 6 * time.Hour},
+		"usual": {CATTL: 24 * time.Hour, X509TTL: 4 * time.Hour, JWTTTL: 4 * time.Hour, WIT: true},
+		"short": {CATTL: 6 * time.Hour, WIT: true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -51,7 +52,7 @@ func TestRotationNeverLeavesALiveSVIDUnverifiable(t *testing.T) {
 				keep := int(a.o.CATTL / 3 / every) // bundles back
 				var bundles []*svid.Bundle
 				var live []issued
-				cas, jwts := map[string]bool{}, map[string]bool{}
+				cas, jwts, wits := map[string]bool{}, map[string]bool{}, map[string]bool{}
 				for start := time.Now(); time.Since(start) < 7*24*time.Hour; time.Sleep(every) {
 					synctest.Wait()
 					bundles = append(bundles, bundleOf(a))
@@ -67,13 +68,17 @@ func TestRotationNeverLeavesALiveSVIDUnverifiable(t *testing.T) {
 					if err != nil {
 						t.Fatal(err)
 					}
-					if life := time.Until(chain[0].NotAfter); life < a.o.X509TTL-time.Second {
+					wit, err := a.WIT(ctx, registry.Entry{SPIFFEID: id}, key.Public())
+					if err != nil {
+						t.Fatal(err)
+					}
+					if life := min(time.Until(chain[0].NotAfter), time.Until(wit.Expires)); life < a.o.X509TTL-time.Second {
 						t.Fatalf("SVID is cut to %v", life)
 					}
 					if life := time.Until(tok.Expires); life < a.o.JWTTTL-time.Second {
 						t.Fatalf("token is cut to %v", life)
 					}
-					live = append(live, issued{chain, tok, chain[0].NotAfter})
+					live = append(live, issued{chain, tok, wit, chain[0].NotAfter})
 					now := time.Now()
 					live = slices.DeleteFunc(live, func(i issued) bool { return !i.x509Expires.After(now) && !i.token.Expires.After(now) })
 					cas[string(chain[0].AuthorityKeyId)] = true
@@ -88,6 +93,11 @@ func TestRotationNeverLeavesALiveSVIDUnverifiable(t *testing.T) {
 								if _, _, err := x509svid.Verify(i.chain, b.SPIFFE().X509Bundle()); err != nil {
 									t.Fatalf("%v after start, bundle %d: %v", time.Since(start), b.Sequence, err)
 								}
+								bound, err := svid.ValidateWIT(i.wit.Compact, &svid.Bundles{Own: b})
+								if err != nil {
+									t.Fatalf("%v after start, bundle %d: %v", time.Since(start), b.Sequence, err)
+								}
+								wits[bound.Claims["jti"].(string)] = true
 							}
 							if i.token.Expires.After(now) {
 								got, err := jwtsvid.ParseAndValidate(i.token.Compact, b.SPIFFE().JWTBundle(), []string{"a"})
@@ -98,6 +108,9 @@ func TestRotationNeverLeavesALiveSVIDUnverifiable(t *testing.T) {
 							}
 						}
 					}
+				}
+				if len(jwts) == 0 || len(wits) == 0 {
+					t.Errorf("got %d tokens, %d WIT-SVIDs that were verified", len(jwts), len(wits))
 				}
 				if want := int(7 * 24 * time.Hour / a.o.CATTL); len(cas) < want {
 					t.Errorf("got %d CAs in a week, want %d at least", len(cas), want)
@@ -588,7 +601,7 @@ func TestFederatedBundles(t *testing.T) {
 }
 
 func FuzzDecodeState(f *testing.F) {
-	a := open(f, Options{CATTL: time.Hour})
+	a := open(f, Options{CATTL: time.Hour, WIT: true})
 	for _, at := range []time.Duration{0, 31 * time.Minute, 51 * time.Minute} {
 		if err := a.rotate(time.Now().Add(at)); err != nil {
 			f.Fatal(err)
@@ -599,7 +612,14 @@ func FuzzDecodeState(f *testing.F) {
 		}
 		f.Add(data)
 	}
+	off := open(f, Options{CATTL: time.Hour})
+	data, err := off.state.encode(td)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(data)
 	f.Add([]byte(`{"format":1,"trust_domain":"example.org","sequence":1,"x509":{"active":{}},"jwt":{"active":null}}`))
+	f.Add([]byte(strings.Replace(string(data), `"jwt":`, `"wit":{"active":null,"old":[]},"jwt":`, 1)))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		s, err := decodeState(data, td)
 		if err != nil {

@@ -156,6 +156,18 @@ func (s *slots) step(now time.Time, ended, fits func(*slot) bool, make func(time
 	return forced, nil
 }
 
+// retire leaves of the keys of a kind that is off what verifies SVIDs which may
+// be alive.
+func (s *slots) retire(ended func(*slot) bool) {
+	var left []*slot
+	for _, o := range s.all() {
+		if o != s.Prepared && !ended(o) { // that one signed nothing
+			left = append(left, o.retired())
+		}
+	}
+	*s = slots{Old: left}
+}
+
 // next is when the next step is due, as far as the time of day says. What has
 // passed its end and is kept is for the looks between to drop.
 func (s *slots) next(now time.Time) time.Time {

@@ -27,27 +27,35 @@ const (
 type state struct {
 	Sequence  uint64 // of the bundle that was published last; 0: none was
 	X509, JWT slots
+	WIT       slots // none, or none that signs, where WIT-SVIDs are off
 }
 
 func (s *state) next(now time.Time) time.Time {
-	x, j := s.X509.next(now), s.JWT.next(now)
-	if j.Before(x) {
-		return j
+	at := s.X509.next(now)
+	for _, k := range []*slots{&s.JWT, &s.WIT} {
+		if k.Active == nil {
+			continue
+		}
+		if t := k.next(now); t.Before(at) {
+			at = t
+		}
 	}
-	return x
+	return at
 }
 
 func (s *state) equal(o *state) bool {
-	return s.Sequence == o.Sequence && s.X509.equal(&o.X509) && s.JWT.equal(&o.JWT)
+	return s.Sequence == o.Sequence && s.X509.equal(&o.X509) && s.JWT.equal(&o.JWT) && s.WIT.equal(&o.WIT)
 }
 
-// The file, as JSON; keys and certificates are DER in base64.
+// The file, as JSON; keys and certificates are DER in base64. It names WIT keys
+// only if there are some, so that daemons that know of none can read it.
 type stateJSON struct {
-	Format      int       `json:"format"`
-	TrustDomain string    `json:"trust_domain"`
-	Sequence    uint64    `json:"sequence"`
-	X509        slotsJSON `json:"x509"`
-	JWT         slotsJSON `json:"jwt"`
+	Format      int        `json:"format"`
+	TrustDomain string     `json:"trust_domain"`
+	Sequence    uint64     `json:"sequence"`
+	X509        slotsJSON  `json:"x509"`
+	JWT         slotsJSON  `json:"jwt"`
+	WIT         *slotsJSON `json:"wit,omitempty"`
 }
 
 type slotsJSON struct {
@@ -155,16 +163,26 @@ func decodeState(data []byte, td spiffeid.TrustDomain) (*state, error) {
 		if err := k.to.decode(k.from, k.ca); err != nil {
 			return nil, fmt.Errorf("damaged: %s: %w", k.name, err)
 		}
+		if k.to.Active == nil {
+			return nil, fmt.Errorf("damaged: %s: no active key", k.name)
+		}
+	}
+	if j.WIT != nil {
+		if err := s.WIT.decode(j.WIT, false); err != nil {
+			return nil, fmt.Errorf("damaged: WIT: %w", err)
+		}
+		if s.WIT.Active == nil && s.WIT.Prepared != nil {
+			return nil, errors.New("damaged: WIT: a prepared key, and none that it follows")
+		}
 	}
 	return s, nil
 }
 
 func (s *slots) decode(j *slotsJSON, ca bool) (err error) {
-	if j.Active == nil {
-		return errors.New("no active key")
-	}
-	if s.Active, err = decodeSlot(j.Active, ca, true); err != nil {
-		return fmt.Errorf("active key: %w", err)
+	if j.Active != nil {
+		if s.Active, err = decodeSlot(j.Active, ca, true); err != nil {
+			return fmt.Errorf("active key: %w", err)
+		}
 	}
 	if j.Prepared != nil {
 		if s.Prepared, err = decodeSlot(j.Prepared, ca, true); err != nil {
@@ -259,12 +277,20 @@ func (s *state) encode(td spiffeid.TrustDomain) ([]byte, error) {
 			return nil, fmt.Errorf("encode keys: %w", err)
 		}
 	}
+	if len(s.WIT.all()) > 0 {
+		j.WIT = new(slotsJSON)
+		if err := s.WIT.encode(j.WIT); err != nil {
+			return nil, fmt.Errorf("encode keys: %w", err)
+		}
+	}
 	return json.MarshalIndent(j, "", "  ")
 }
 
 func (s *slots) encode(j *slotsJSON) (err error) {
-	if j.Active, err = s.Active.encode(); err != nil {
-		return err
+	if s.Active != nil {
+		if j.Active, err = s.Active.encode(); err != nil {
+			return err
+		}
 	}
 	if s.Prepared != nil {
 		if j.Prepared, err = s.Prepared.encode(); err != nil {

@@ -91,6 +91,7 @@ func TestParseBundle(t *testing.T) {
 	for _, c := range []struct {
 		name, doc string
 		x509, jwt int
+		wit       int
 		hint      time.Duration
 		fails     bool
 	}{
@@ -117,6 +118,12 @@ func TestParseBundle(t *testing.T) {
 		{name: "a sequence below zero", doc: `{"keys":[],"spiffe_sequence":-1}`, fails: true},
 		{name: "a JWT key without ID", doc: keys(with(1, "kid", nil)), fails: true},
 		{name: "two JWT keys with one ID", doc: keys(with(1), string(other)), fails: true},
+		{name: "a WIT key beside them", doc: keys(with(0), with(1), with(1, "use", "wit-svid", "kid", "w")), x509: 1, jwt: 1, wit: 1},
+		{name: "a WIT key twice", doc: keys(with(1, "use", "wit-svid"), with(1, "use", "wit-svid")), wit: 1},
+		{name: "a symmetric WIT key", doc: keys(with(0), `{"kty":"oct","k":"AAAA","use":"wit-svid","kid":"x"}`), x509: 1},
+		{name: "a WIT key without ID", doc: keys(with(1, "use", "wit-svid", "kid", nil)), fails: true},
+		{name: "a key for JWT- and WIT-SVIDs", doc: keys(with(1), with(1, "use", "wit-svid")), fails: true},
+		{name: "a WIT key with a JWT key's ID", doc: keys(with(1, "use", "wit-svid"), string(other)), fails: true},
 		{name: "a private key", doc: keys(string(private)), fails: true},
 		{name: "a certificate of another key", doc: keys(with(1, "use", "x509-svid", "x5c", x5c)), fails: true},
 		{name: "a certificate that is none", doc: keys(with(0, "x5c", []any{"AAAA"})), fails: true},
@@ -132,9 +139,9 @@ func TestParseBundle(t *testing.T) {
 			if c.fails != (err != nil) {
 				t.Fatalf("got error %v, want one: %t", err, c.fails)
 			}
-			if err == nil && (len(b.X509Authorities) != c.x509 || len(b.JWTAuthorities) != c.jwt || b.RefreshHint != c.hint) {
-				t.Errorf("got %d X.509 and %d JWT authorities and hint %s, want %d, %d and %s",
-					len(b.X509Authorities), len(b.JWTAuthorities), b.RefreshHint, c.x509, c.jwt, c.hint)
+			if err == nil && (len(b.X509Authorities) != c.x509 || len(b.JWTAuthorities) != c.jwt || len(b.WITAuthorities) != c.wit || b.RefreshHint != c.hint) {
+				t.Errorf("got %d X.509, %d JWT and %d WIT authorities and hint %s, want %d, %d, %d and %s",
+					len(b.X509Authorities), len(b.JWTAuthorities), len(b.WITAuthorities), b.RefreshHint, c.x509, c.jwt, c.wit, c.hint)
 			}
 			if err == nil {
 				for _, k := range b.JWTAuthorities {

@@ -365,14 +365,20 @@ func TestBatchOfManyEntries(t *testing.T) {
 }
 
 func TestFederatedBundles(t *testing.T) {
-	w := start(t)
+	w := start(t, func(_ *Config, o *local.Options) { o.WIT = true })
 	api := bundlev1.NewBundleClient(w.dial(w.admin))
 	ctx := context.Background()
 	own, err := api.GetBundle(ctx, &bundlev1.GetBundleRequest{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	b := &types.Bundle{TrustDomain: "other.example", X509Authorities: own.X509Authorities, JwtAuthorities: own.JwtAuthorities, RefreshHint: 60, SequenceNumber: 7}
+	if len(own.WitAuthorities) != 1 || own.WitAuthorities[0].KeyId == own.JwtAuthorities[0].KeyId {
+		t.Errorf("got WIT authorities %v, want one with an ID of its own", own.WitAuthorities)
+	}
+	b := &types.Bundle{
+		TrustDomain: "other.example", X509Authorities: own.X509Authorities, JwtAuthorities: own.JwtAuthorities, WitAuthorities: own.WitAuthorities,
+		RefreshHint: 60, SequenceNumber: 7,
+	}
 
 	one := func(s *types.Status, want codes.Code) {
 		t.Helper()
@@ -403,6 +409,8 @@ func TestFederatedBundles(t *testing.T) {
 	one(create(&types.Bundle{TrustDomain: "x", X509Authorities: []*types.X509Certificate{{}}}), codes.InvalidArgument)
 	one(create(&types.Bundle{TrustDomain: "x", JwtAuthorities: []*types.JWTKey{{PublicKey: own.JwtAuthorities[0].PublicKey}}}), codes.InvalidArgument)
 	one(create(&types.Bundle{TrustDomain: "x", JwtAuthorities: []*types.JWTKey{{KeyId: "k"}}}), codes.InvalidArgument)
+	one(create(&types.Bundle{TrustDomain: "x", WitAuthorities: []*types.WITKey{{PublicKey: own.WitAuthorities[0].PublicKey}}}), codes.InvalidArgument)
+	one(create(&types.Bundle{TrustDomain: "x", WitAuthorities: []*types.WITKey{{KeyId: "k"}}}), codes.InvalidArgument)
 
 	got, err := api.GetFederatedBundle(ctx, &bundlev1.GetFederatedBundleRequest{TrustDomain: "other.example"})
 	if err != nil {
@@ -414,6 +422,12 @@ func TestFederatedBundles(t *testing.T) {
 	r := update(&types.BundleMask{RefreshHint: true}, &types.Bundle{TrustDomain: "other.example", RefreshHint: 120})
 	one(r.Status, codes.OK)
 	b.RefreshHint = 120
+	if diff := cmp.Diff(b, r.Bundle, protocmp.Transform()); diff != "" {
+		t.Errorf("updated bundle differs (-want +got):\n%s", diff)
+	}
+	r = update(&types.BundleMask{WitAuthorities: true}, &types.Bundle{TrustDomain: "other.example"})
+	one(r.Status, codes.OK)
+	b.WitAuthorities = nil
 	if diff := cmp.Diff(b, r.Bundle, protocmp.Transform()); diff != "" {
 		t.Errorf("updated bundle differs (-want +got):\n%s", diff)
 	}

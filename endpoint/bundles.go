@@ -164,6 +164,7 @@ func updated(had, b *svid.Bundle, mask *types.BundleMask) *svid.Bundle {
 		TrustDomain:     had.TrustDomain,
 		X509Authorities: had.X509Authorities,
 		JWTAuthorities:  had.JWTAuthorities,
+		WITAuthorities:  had.WITAuthorities,
 		RefreshHint:     had.RefreshHint,
 		Sequence:        had.Sequence,
 	}
@@ -172,6 +173,9 @@ func updated(had, b *svid.Bundle, mask *types.BundleMask) *svid.Bundle {
 	}
 	if mask.JwtAuthorities {
 		next.JWTAuthorities = b.JWTAuthorities
+	}
+	if mask.WitAuthorities {
+		next.WITAuthorities = b.WITAuthorities
 	}
 	if mask.RefreshHint {
 		next.RefreshHint = b.RefreshHint
@@ -303,7 +307,7 @@ func (a *bundles) otherDomain(name string) (spiffeid.TrustDomain, error) {
 
 func spireBundle(b *svid.Bundle, mask *types.BundleMask) (*types.Bundle, error) {
 	if mask == nil {
-		mask = &types.BundleMask{X509Authorities: true, JwtAuthorities: true, RefreshHint: true, SequenceNumber: true}
+		mask = &types.BundleMask{X509Authorities: true, JwtAuthorities: true, WitAuthorities: true, RefreshHint: true, SequenceNumber: true}
 	}
 	out := &types.Bundle{TrustDomain: b.TrustDomain.Name()}
 	if mask.RefreshHint {
@@ -326,11 +330,25 @@ func spireBundle(b *svid.Bundle, mask *types.BundleMask) (*types.Bundle, error) 
 			out.JwtAuthorities = append(out.JwtAuthorities, &types.JWTKey{KeyId: id, PublicKey: der})
 		}
 	}
+	if mask.WitAuthorities {
+		for _, id := range slices.Sorted(maps.Keys(b.WITAuthorities)) {
+			der, err := x509.MarshalPKIXPublicKey(b.WITAuthorities[id])
+			if err != nil {
+				return nil, fmt.Errorf("encode WIT key %s of %s: %w", id, b.TrustDomain, err)
+			}
+			out.WitAuthorities = append(out.WitAuthorities, &types.WITKey{KeyId: id, PublicKey: der})
+		}
+	}
 	return out, nil
 }
 
 func readBundle(td spiffeid.TrustDomain, in *types.Bundle) (*svid.Bundle, error) {
-	b := &svid.Bundle{TrustDomain: td, Sequence: in.SequenceNumber, JWTAuthorities: make(map[string]crypto.PublicKey)}
+	b := &svid.Bundle{
+		TrustDomain:    td,
+		Sequence:       in.SequenceNumber,
+		JWTAuthorities: make(map[string]crypto.PublicKey),
+		WITAuthorities: make(map[string]crypto.PublicKey),
+	}
 	if in.RefreshHint < 0 || in.RefreshHint > int64(365*24*time.Hour/time.Second) {
 		return nil, invalid("refresh hint of %d seconds is out of range", in.RefreshHint)
 	}
@@ -351,6 +369,16 @@ func readBundle(td spiffeid.TrustDomain, in *types.Bundle) (*svid.Bundle, error)
 			return nil, invalid("unable to parse JWT authority: missing key ID")
 		}
 		b.JWTAuthorities[k.KeyId] = key
+	}
+	for _, k := range in.WitAuthorities {
+		key, err := x509.ParsePKIXPublicKey(k.GetPublicKey())
+		switch {
+		case err != nil:
+			return nil, invalid("unable to parse WIT authority: %v", err)
+		case k.KeyId == "":
+			return nil, invalid("unable to parse WIT authority: missing key ID")
+		}
+		b.WITAuthorities[k.KeyId] = key
 	}
 	return b, nil
 }

@@ -13,9 +13,9 @@ import (
 
 // A bundleMessage is the bundles for one process as its streams send them.
 type bundleMessage struct {
-	bundles   *svid.Bundles
-	view      *view
-	x509, jwt encoded
+	bundles        *svid.Bundles
+	view           *view
+	x509, jwt, wit encoded
 }
 
 func (s *Server) fetchX509Bundles(ctx context.Context, l *link, st grpc.ServerStream) error {
@@ -69,10 +69,18 @@ func (c *session) bundleMessage(bundles *svid.Bundles, v *view) (*bundleMessage,
 	ours := bundles.Restrict(tds)
 	x509 := &workload.X509BundlesResponse{Bundles: make(map[string][]byte)}
 	jwt := &workload.JWTBundlesResponse{Bundles: make(map[string][]byte)}
+	wit := &workload.WITBundlesResponse{Bundles: make(map[string]string)}
 	add := func(b *svid.Bundle) error {
 		jwks, err := b.JWKS()
 		if err != nil {
 			return err
+		}
+		if c.s.WIT {
+			wits, err := b.WITs()
+			if err != nil {
+				return err
+			}
+			wit.Bundles[b.TrustDomain.IDString()] = string(wits)
 		}
 		x509.Bundles[b.TrustDomain.IDString()] = b.DER()
 		jwt.Bundles[b.TrustDomain.IDString()] = jwks
@@ -93,6 +101,9 @@ func (c *session) bundleMessage(bundles *svid.Bundles, v *view) (*bundleMessage,
 	}
 	if m.jwt, err = deterministic.Marshal(jwt); err != nil {
 		return nil, fmt.Errorf("encode JWT bundles: %w", err)
+	}
+	if m.wit, err = deterministic.Marshal(wit); err != nil {
+		return nil, fmt.Errorf("encode WIT bundles: %w", err)
 	}
 	c.bundles.Store(m)
 	return m, nil

@@ -72,6 +72,8 @@ type Config struct {
 	SecretNames     SecretNames // zero: DefaultSecretNames
 	PlainValidation bool        // validation contexts without the SPIFFE validator, unless a node says otherwise
 
+	WIT bool // offer WIT-SVIDs, which the authority must sign
+
 	Limits Limits // zero: by DefaultLimits
 }
 

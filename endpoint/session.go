@@ -26,6 +26,7 @@ type session struct {
 	issued  atomic.Pointer[issued]
 	x509    atomic.Pointer[x509Message]
 	secrets atomic.Pointer[secrets]
+	wit     atomic.Pointer[witMessage]
 	bundles atomic.Pointer[bundleMessage]
 
 	mu      sync.Mutex // guards what follows; held while a message is made, never while one waits

@@ -26,13 +26,19 @@ var workloadDesc = grpc.ServiceDesc{
 		stream("FetchX509SVID", (*Server).fetchX509SVID),
 		stream("FetchX509Bundles", (*Server).fetchX509Bundles),
 		stream("FetchJWTBundles", (*Server).fetchJWTBundles),
-		stream("FetchWITSVID", unoffered),
-		stream("FetchWITBundles", unoffered),
+		streamOf("FetchWITSVID", (*Server).fetchWITSVID),
+		stream("FetchWITBundles", (*Server).fetchWITBundles),
 	},
 	Metadata: workload.SpiffeWorkloadAPI_ServiceDesc.Metadata,
 }
 
 func stream(name string, serve func(*Server, context.Context, *link, grpc.ServerStream) error) grpc.StreamDesc {
+	return streamOf(name, func(s *Server, ctx context.Context, l *link, _ *nothing, st grpc.ServerStream) error {
+		return serve(s, ctx, l, st)
+	})
+}
+
+func streamOf[In any](name string, serve func(*Server, context.Context, *link, *In, grpc.ServerStream) error) grpc.StreamDesc {
 	return grpc.StreamDesc{
 		StreamName:    name,
 		ServerStreams: true,
@@ -42,11 +48,11 @@ func stream(name string, serve func(*Server, context.Context, *link, grpc.Server
 			if err != nil {
 				return workloadStatus(err)
 			}
-			var in nothing
-			if err := st.RecvMsg(&in); err != nil {
+			in := new(In)
+			if err := st.RecvMsg(in); err != nil {
 				return decodeStatus(err)
 			}
-			return s.answer(l, name, serve(s, ctx, l, st))
+			return s.answer(l, name, serve(s, ctx, l, in, st))
 		},
 	}
 }
@@ -103,10 +109,6 @@ func enterPinned(ctx context.Context) (*link, error) {
 		return nil, errForeign // not over a listener of ours: nobody is known behind it
 	}
 	return l, nil
-}
-
-func unoffered(*Server, context.Context, *link, grpc.ServerStream) error {
-	return status.Error(codes.Unimplemented, "WIT-SVIDs are not offered")
 }
 
 // answer turns the end of a call into a status, and logs why it was denied.

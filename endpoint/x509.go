@@ -33,6 +33,7 @@ type state struct {
 	kept     []svid.X509       // those of them that the evidence neither confirms nor denies
 	bundles  *svid.Bundles     // at least those that the entries federate with
 	snapshot *svid.X509Context // if it is exactly that
+	wits     []svid.WIT        // WIT streams only
 	stale    <-chan struct{}   // SVIDs or bundles
 	entries  <-chan struct{}
 	again    bool // something is unknown: ask again after a while
@@ -148,6 +149,11 @@ func (st *state) expires() time.Time {
 	for _, x := range st.svids {
 		if end := x.Chain[0].NotAfter; first.IsZero() || end.Before(first) {
 			first = end
+		}
+	}
+	for _, w := range st.wits {
+		if first.IsZero() || w.Expires.Before(first) {
+			first = w.Expires
 		}
 	}
 	return first

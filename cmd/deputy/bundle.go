@@ -285,6 +285,15 @@ func standardBundle(b *types.Bundle) (*spiffebundle.Bundle, error) {
 			return nil, err
 		}
 	}
+	for _, a := range b.WitAuthorities {
+		key, err := x509.ParsePKIXPublicKey(a.PublicKey)
+		if err != nil {
+			return nil, fmt.Errorf("parse WIT authority %q of %s: %w", a.KeyId, td, err)
+		}
+		if err := out.AddWITAuthority(a.KeyId, key); err != nil {
+			return nil, err
+		}
+	}
 	return out, nil
 }
 
@@ -320,7 +329,7 @@ func parseBundle(td spiffeid.TrustDomain, data []byte, format string) (*types.Bu
 			b.AddX509Authority(cert)
 		}
 	}
-	if b.X509Bundle().Empty() && b.JWTBundle().Empty() {
+	if b.Empty() {
 		return nil, fmt.Errorf("parse bundle of %s: %w", td, errors.New("no authority in it"))
 	}
 	return wireBundle(b)
@@ -343,6 +352,13 @@ func wireBundle(b *spiffebundle.Bundle) (*types.Bundle, error) {
 			return nil, fmt.Errorf("encode JWT authority %q of %s: %w", id, b.TrustDomain(), err)
 		}
 		out.JwtAuthorities = append(out.JwtAuthorities, &types.JWTKey{KeyId: id, PublicKey: der})
+	}
+	for id, key := range b.WITAuthorities() {
+		der, err := x509.MarshalPKIXPublicKey(key)
+		if err != nil {
+			return nil, fmt.Errorf("encode WIT authority %q of %s: %w", id, b.TrustDomain(), err)
+		}
+		out.WitAuthorities = append(out.WitAuthorities, &types.WITKey{KeyId: id, PublicKey: der})
 	}
 	return out, nil
 }

@@ -23,6 +23,9 @@ func TestBundleIsTheSameAfterTheWire(t *testing.T) {
 	if err := want.AddJWTAuthority("k", key.Public()); err != nil {
 		t.Fatal(err)
 	}
+	if err := want.AddWITAuthority("w", key.Public()); err != nil {
+		t.Fatal(err)
+	}
 	text, err := want.Marshal()
 	if err != nil {
 		t.Fatal(err)
@@ -58,7 +61,7 @@ func FuzzParseBundle(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if len(b.X509Authorities)+len(b.JwtAuthorities) == 0 {
+		if len(b.X509Authorities)+len(b.JwtAuthorities)+len(b.WitAuthorities) == 0 {
 			t.Error("got a bundle without an authority")
 		}
 		if _, err := standardBundle(b); err != nil {

@@ -49,7 +49,8 @@ type Config struct {
 	SDS            SDS
 	OIDCDiscovery  *Discovery  // nil: not served
 	Federation     *Federation // nil: bundles are neither served nor fetched
-	Entries        []Entry     // in the order of the file
+	Experimental   Experimental
+	Entries        []Entry // in the order of the file
 }
 
 // LogFormat is how log lines are written.

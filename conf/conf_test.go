@@ -118,6 +118,7 @@ oidc_discovery {
   cert_file = "/etc/deputy/tls.crt"
   key_file  = "/etc/deputy/tls.key"
 }
+experimental { wit_svid = true }
 `)
 	c, warnings, err := Load(path, base(t))
 	if err != nil {
@@ -139,7 +140,7 @@ oidc_discovery {
 		c.SDS.DefaultSVIDName.Value, c.SDS.DefaultBundleName.Value, c.SDS.DefaultAllBundlesName.Value, c.SDS.DisableSPIFFECertValidation.Value,
 		e.Path.Value, values(e.Selectors), e.X509TTL.Value, e.JWTTTL.Value, values(e.DNSNames), e.Hint.Value,
 		e.FederatesWith[0].Value.Name(), values(e.Audiences), e.Instance.Value, e.AllowTraced.Value, e.JWTFresh.Value,
-		c.OIDCDiscovery.Address.Value, c.OIDCDiscovery.CertFile.Value, c.OIDCDiscovery.KeyFile.Value,
+		c.OIDCDiscovery.Address.Value, c.OIDCDiscovery.CertFile.Value, c.OIDCDiscovery.KeyFile.Value, c.Experimental.WITSVID.Value,
 	}
 	want := []any{
 		true, "example.org", "/srv/deputy", hclog.Debug, JSON,
@@ -150,7 +151,7 @@ oidc_discovery {
 		"own", "root", "roots", true,
 		"/agent/{{unix.user}}", []string{"unix:uid:1000", "docker:label:a:${b}"}, 8 * time.Hour, 5 * time.Minute, []string{"b", "a"}, "main",
 		"other.org", []string{"x", "y"}, true, true, false,
-		"0.0.0.0:8444", "/etc/deputy/tls.crt", "/etc/deputy/tls.key",
+		"0.0.0.0:8444", "/etc/deputy/tls.crt", "/etc/deputy/tls.key", true,
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Error(diff)

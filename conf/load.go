@@ -123,6 +123,7 @@ func (l *loader) file(body *hclsyntax.Body) {
 		"sds":            l.sds,
 		"oidc_discovery": l.discovery,
 		"federation":     l.federation,
+		"experimental":   l.experimental,
 		"entry":          func(b *hclsyntax.Block) { entries = append(entries, b) },
 	})
 

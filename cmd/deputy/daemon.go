@@ -69,6 +69,7 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	d.book.Put(d.settings.claims)
 	options := authorityOptions(c, d.log)
 	options.Claims = d.book
+	options.WIT = c.Experimental.WITSVID.Value
 	authority, err := local.Open(ctx, options)
 	if err != nil {
 		return err
@@ -109,6 +110,7 @@ func (d *daemon) run(ctx context.Context) (err error) {
 		Follower:    d.follower,
 		Names:       src.names,
 		AdminGroup:  group,
+		WIT:         options.WIT,
 
 		SecretNames:     secretNames(c),
 		PlainValidation: c.SDS.DisableSPIFFECertValidation.Value,

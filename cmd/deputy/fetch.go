@@ -22,7 +22,7 @@ import (
 func newFetch(out *output) *cobra.Command {
 	var e endpoints
 	cmd := newGroup("fetch", "Fetch identities of this process from the Workload API",
-		newFetchX509(out, &e), newFetchJWT(out, &e), newFetchBundle(out, &e))
+		newFetchX509(out, &e), newFetchJWT(out, &e), newFetchBundle(out, &e), newFetchWIT(out, &e))
 	cmd.Long = `Fetches what the Workload API gives to this very process: the deputy command, as
 started by this user in this cgroup. Another program may get something else.`
 	e.flags(cmd)

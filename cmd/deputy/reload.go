@@ -180,6 +180,7 @@ func needRestart(was, is *conf.Config) []string {
 	differ("admin_socket", []string{was.AdminSocket.Path.Value, was.AdminSocket.Group.Value}, []string{is.AdminSocket.Path.Value, is.AdminSocket.Group.Value})
 	differ("authority", authorityValues(was), authorityValues(is))
 	differ("bundle_endpoint", endpointValues(was), endpointValues(is))
+	differ("experimental", was.Experimental.WITSVID.Value, is.Experimental.WITSVID.Value)
 	differ("oidc_discovery", discoveryValues(was), discoveryValues(is))
 	differ("attestor docker", dockerValues(was), dockerValues(is))
 	differ("attestor systemd", was.Systemd != nil, is.Systemd != nil)

@@ -1,0 +1,5 @@
+experimental {
+  wit_svid = "yes"
+  wat_svid = true
+}
+experimental { wit_svid = true }

@@ -293,7 +293,7 @@ func (f *Follower) take(ctx context.Context, t *track, b *svid.Bundle) (changed 
 	if sharesRoot(b, all.Own) {
 		log.Warn("bundle shares an X.509 authority with ours: whoever holds its key can speak for both trust domains")
 	}
-	if len(b.X509Authorities)+len(b.JWTAuthorities) == 0 {
+	if len(b.X509Authorities)+len(b.JWTAuthorities)+len(b.WITAuthorities) == 0 {
 		log.Warn("bundle is empty: its trust domain has revoked all of its keys")
 		return true, nil
 	}
@@ -389,17 +389,21 @@ func clip(s string) string {
 	}, s) + more
 }
 
-// holdsOurs reports whether a bundle has a JWT key of ours. Those never leave
+// holdsOurs reports whether a bundle has a JWT or WIT key of ours. Those never leave
 // us, so it is our own bundle, whatever URL it came from. X.509 authorities may
 // be a root that two trust domains hang under.
 func holdsOurs(b, own *svid.Bundle) bool {
 	if own == nil {
 		return false
 	}
-	for _, k := range b.JWTAuthorities {
-		for _, o := range own.JWTAuthorities {
-			if equal(k, o) {
-				return true
+	for _, theirs := range []map[string]crypto.PublicKey{b.JWTAuthorities, b.WITAuthorities} {
+		for _, ours := range []map[string]crypto.PublicKey{own.JWTAuthorities, own.WITAuthorities} {
+			for _, k := range theirs {
+				for _, o := range ours {
+					if equal(k, o) {
+						return true
+					}
+				}
 			}
 		}
 	}
@@ -432,9 +436,11 @@ func gone(had, b *svid.Bundle) (n int) {
 			n++
 		}
 	}
-	for id, k := range had.JWTAuthorities {
-		if o, ok := b.JWTAuthorities[id]; !ok || !equal(k, o) {
-			n++
+	for _, keys := range [][2]map[string]crypto.PublicKey{{had.JWTAuthorities, b.JWTAuthorities}, {had.WITAuthorities, b.WITAuthorities}} {
+		for id, k := range keys[0] {
+			if o, ok := keys[1][id]; !ok || !equal(k, o) {
+				n++
+			}
 		}
 	}
 	return n

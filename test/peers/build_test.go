@@ -4,6 +4,7 @@ package peers
 
 import (
 	"bytes"
+	"flag"
 	"fmt"
 	"os"
 	"os/exec"
@@ -108,6 +109,9 @@ var plugins = sync.OnceValues(func() (string, error) {
 var scratch []string
 
 func TestMain(m *testing.M) {
+	// Those in parallel wait more than they work.
+	flag.Parse()
+	flag.Set("test.parallel", "4")
 	code := m.Run()
 	for _, dir := range scratch {
 		os.RemoveAll(dir)

@@ -74,14 +74,13 @@ func greeted(t *testing.T, s *workloadapi.X509Source, address string, by spiffei
 	return c.(interface{ ConnectionState() tls.ConnectionState }).ConnectionState().PeerCertificates[0], nil
 }
 
-// Two trust domains that hold each other's bundles, by go-spiffe's sources.
-func TestGoSPIFFEAcrossTrustDomains(t *testing.T) {
-	here := start(t, "peers.example", own("here", "  federates_with = [\"other.example\"]\n"))
-	there := start(t, "other.example", own("there", "  federates_with = [\"peers.example\"]\n"))
+// federate gives two daemons each other's bundle.
+func federate(t *testing.T, a *daemon, nameA string, b *daemon, nameB string) {
+	t.Helper()
 	for _, d := range []struct {
 		from, to *daemon
 		name     string
-	}{{here, there, "peers.example"}, {there, here, "other.example"}} {
+	}{{a, b, nameA}, {b, a, nameB}} {
 		file := filepath.Join(t.TempDir(), "bundle.json")
 		text := run(t, d.from.binary, "bundle", "show", "--format", "spiffe", "--admin-socket", d.from.admin)
 		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
@@ -89,6 +88,13 @@ func TestGoSPIFFEAcrossTrustDomains(t *testing.T) {
 		}
 		run(t, d.to.binary, "bundle", "set", d.name, "--path", file, "--admin-socket", d.to.admin)
 	}
+}
+
+// Two trust domains that hold each other's bundles, by go-spiffe's sources.
+func TestGoSPIFFEAcrossTrustDomains(t *testing.T) {
+	here := start(t, "peers.example", own("here", "  federates_with = [\"other.example\"]\n"))
+	there := start(t, "other.example", own("there", "  federates_with = [\"peers.example\"]\n"))
+	federate(t, here, "peers.example", there, "other.example")
 	a, b := spiffeid.RequireFromString("spiffe://peers.example/agent/here"), spiffeid.RequireFromString("spiffe://other.example/agent/there")
 	mine, theirs := here.x509Source(t), there.x509Source(t)
 

@@ -65,12 +65,19 @@ func (r *running) log() string {
 // launch starts a command whose output goes to a file, and ends it with the test.
 func launch(t testing.TB, file, name string, args ...string) *running {
 	t.Helper()
+	return launchCommand(t, file, exec.Command(name, args...))
+}
+
+// launchCommand is launch for a command that is more than its arguments.
+func launchCommand(t testing.TB, file string, cmd *exec.Cmd) *running {
+	t.Helper()
+	name := cmd.Path
 	f, err := os.Create(file)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	r := &running{cmd: exec.Command(name, args...), file: file, done: make(chan struct{})}
+	r := &running{cmd: cmd, file: file, done: make(chan struct{})}
 	r.cmd.Stdout, r.cmd.Stderr = f, f
 	if err := r.cmd.Start(); err != nil {
 		t.Fatal(err)

@@ -3,6 +3,7 @@ package peers
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
@@ -21,6 +22,9 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
 )
 
 // envoyBinary takes Envoy out of its wheel, once for this machine.
@@ -721,4 +725,51 @@ func TestEnvoysAcrossTrustDomains(t *testing.T) {
 		code, _, err := shop.call()
 		return err == nil && code == http.StatusServiceUnavailable
 	})
+}
+
+// A session that is resumed shows no certificate, so the page forbids that: a client
+// would come in by it after its SVID has expired.
+func TestEnvoyLetsNoExpiredSVIDResume(t *testing.T) {
+	t.Parallel()
+	d := start(t, "example.org", strings.ReplaceAll(own("own", "  x509_ttl = \"5s\"\n"), "/agent/own", "/mesh/shop"))
+	m := newMesh(t, d)
+	m.entry(t, "/mesh/web", "uid:64010")
+	web := m.webEnvoy(t, "uid:64010")
+	source := d.x509Source(t)
+	svid, err := source.GetX509SVID()
+	if err != nil {
+		t.Fatal(err)
+	}
+	config := tlsconfig.MTLSClientConfig(svid, source, tlsconfig.AuthorizeID(spiffeid.RequireFromString(webID)))
+	config.ServerName, config.ClientSessionCache = "web.example.org", tls.NewLRUClientSessionCache(1)
+	call := func() error {
+		c, err := tls.Dial("tcp", fmt.Sprint("127.0.0.1:", web.port), config)
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		if _, err := io.WriteString(c, "GET / HTTP/1.1\r\nHost: web\r\nConnection: close\r\n\r\n"); err != nil {
+			return err
+		}
+		answer, err := io.ReadAll(c)
+		if err == nil && !strings.HasPrefix(string(answer), "HTTP/1.1 200") {
+			err = fmt.Errorf("got %q", answer)
+		}
+		return err
+	}
+	await(t, "the server's certificate", func() bool { return len(web.holds(t).IDs) == 1 })
+	expires := svid.Certificates[0].NotAfter
+	for time.Now().Before(expires.Add(-time.Second)) { // until the SVID is old, with a session for each call to take up
+		if err := call(); err != nil {
+			t.Fatalf("with an SVID until %s: %v", expires, err)
+		}
+		<-time.After(time.Second)
+	}
+	<-time.After(time.Until(expires.Add(time.Second)))
+	if err := call(); err == nil {
+		t.Error("a client came in with an SVID that has expired")
+	}
+	if n := web.stat(t, "ssl.session_reused"); n != 0 {
+		t.Errorf("Envoy resumed %d sessions", n)
+	}
 }

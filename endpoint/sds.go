@@ -127,7 +127,7 @@ func (s *Server) converse(ctx context.Context, l *link, st grpc.ServerStream, na
 				continue
 			}
 		}
-		now, err := s.secretState(ctx, l, name, has)
+		now, err := s.secretState(ctx, l, name, has, t.returns())
 		if err != nil {
 			return err
 		}
@@ -145,9 +145,9 @@ func (s *Server) converse(ctx context.Context, l *link, st grpc.ServerStream, na
 	}
 }
 
-// secretState is holdings for a stream that stays open: once it had an
-// identity, having none is a state as well.
-func (s *Server) secretState(ctx context.Context, l *link, name string, has *state) (*state, error) {
+// secretState is holdings for a stream that stays open: once the client had an
+// identity, on this stream or on one before, having none is a state as well.
+func (s *Server) secretState(ctx context.Context, l *link, name string, has *state, returns bool) (*state, error) {
 	set, entries := s.Registry.Set() // before the look, so that no change is missed
 	now, err := s.holdings(ctx, l, has)
 	switch {
@@ -156,10 +156,10 @@ func (s *Server) secretState(ctx context.Context, l *link, name string, has *sta
 			now.bundles = now.bundles.Restrict(federatedWith(now.svids))
 		}
 		return now, nil
-	case has == nil:
+	case has == nil && !(returns && code(err) == codes.PermissionDenied):
 		return nil, err
 	case code(err) == codes.PermissionDenied:
-		if has.bundles != nil {
+		if has == nil || has.bundles != nil {
 			s.logDenial(l, name, err)
 		}
 		// The evidence may change without a word from anybody.

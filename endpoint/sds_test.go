@@ -100,12 +100,17 @@ func (w *world) sotw(names ...string) *sotwClient { return w.sotwAs(nil, names..
 
 func (w *world) sotwAs(node *corev3.Node, names ...string) *sotwClient {
 	w.t.Helper()
+	return w.sotwFrom(&discoveryv3.DiscoveryRequest{Node: node, TypeUrl: secretType, ResourceNames: names})
+}
+
+func (w *world) sotwFrom(first *discoveryv3.DiscoveryRequest) *sotwClient {
+	w.t.Helper()
 	st, err := w.envoy().StreamSecrets(sdsCall(w.t))
 	if err != nil {
 		w.t.Fatal(err)
 	}
 	c := &sotwClient{t: w.t, st: st}
-	c.send(&discoveryv3.DiscoveryRequest{Node: node, TypeUrl: secretType, ResourceNames: names})
+	c.send(first)
 	return c
 }
 

@@ -7,6 +7,7 @@ import (
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	secretv3 "github.com/envoyproxy/go-control-plane/envoy/service/secret/v3"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/protobuf/types/known/anypb"
 )
 
@@ -180,4 +181,49 @@ func TestDeltaDoesNotSendWhatTheClientBrought(t *testing.T) {
 	w.entry("/b", nil, mine)
 	d.recv("spiffe://test.example/b")
 	d.wantRemoved()
+}
+
+// The client goes on with it else.
+func TestWhatTheClientBroughtIsWithdrawn(t *testing.T) {
+	w := start(t)
+	e := w.entry("/a", nil, mine)
+	names := []string{"default", "ROOTCA", "spiffe://test.example/a", "spiffe://test.example"}
+	s, d := w.sotw(names...), w.delta(names...)
+	s.recv(names...)
+	d.recv(names...)
+	again := &discoveryv3.DeltaDiscoveryRequest{ResourceNamesSubscribe: names, InitialResourceVersions: d.versions()}
+	before := w.deltaFrom(again)
+	before.subscribe("ALL") // of the others there is nothing to send
+	before.recv("ALL")
+
+	w.delete(e)
+	after, sAfter := w.deltaFrom(again), w.sotwFrom(&discoveryv3.DiscoveryRequest{ResourceNames: names, VersionInfo: s.last.VersionInfo})
+	for what, got := range map[string]secretsByName{
+		"while the stream is open":           before.recv(append(names, "ALL")...),
+		"while none was":                     after.recv(names...),
+		"while none was, state of the world": sAfter.recv(names...),
+	} {
+		for _, s := range got {
+			t.Log(what)
+			wantWithdrawn(t, s)
+		}
+	}
+	w.entry("/a", nil, mine)
+	w.wantSVID(after.recv(names...)["default"], "/a")
+	w.wantSVID(sAfter.recv(names...)["default"], "/a")
+}
+
+func TestWhoBroughtNothingOfOursIsDenied(t *testing.T) {
+	w := start(t)
+	for name, in := range map[string]*discoveryv3.DiscoveryRequest{
+		"an empty response": {ResourceNames: []string{"default"}, VersionInfo: versionOf(nil)},
+		"a file":            {ResourceNames: []string{"file-root:system"}, VersionInfo: "1"},
+		"everything":        {VersionInfo: "1"},
+	} {
+		_, err := w.sotwFrom(in).st.Recv()
+		t.Log(name)
+		wantCode(t, err, codes.PermissionDenied)
+	}
+	_, err := w.deltaFrom(&discoveryv3.DeltaDiscoveryRequest{ResourceNamesSubscribe: []string{"x"}, InitialResourceVersions: map[string]string{"x": "1", "default": "1"}}).st.Recv()
+	wantCode(t, err, codes.PermissionDenied)
 }

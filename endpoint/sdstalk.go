@@ -11,6 +11,7 @@ import (
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/genproto/googleapis/rpc/status"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/mem"
@@ -26,13 +27,16 @@ type talk interface {
 	take(encoded) (bool, error)
 	// say returns what the client does not have yet, nil if that is nothing.
 	say(*secrets) (mem.BufferSlice, error)
+	// returns reports whether the client has secrets from an earlier stream.
+	returns() bool
 }
 
 // A mark is what the client has under one name.
 type mark struct {
 	version string
 	kind    kind
-	given   bool // on this stream, by us; else it is what the client said that it has
+	given   bool // on this stream, by us
+	brought bool // from an earlier stream, says the client
 	absent  bool // what it has is the word that there is nothing
 	again   bool // it is to be sent even if it is the same
 }
@@ -49,6 +53,36 @@ type talker struct {
 	nonce   uint64 // of the last response; those of this stream count from 1
 	refused uint64 // the last nonce whose refusal was logged
 	unfit   bool   // it was logged that all bundles are not to be had
+	back    bool   // the client brought something
+}
+
+func (t *talker) returns() bool { return t.back }
+
+// bring takes the client's word that it has something under a name. Were that
+// withdrawn while no stream was open, it would go on with it.
+func (t *talker) bring(name, version string) {
+	k, ours := t.s.kindOf(name)
+	t.mark(name, mark{version: version, kind: k, brought: ours})
+	t.back = t.back || ours
+}
+
+// kindOf is the kind of secret that a name stands for, whether or not there is
+// one; false for a name that no secret of ours can have.
+func (s *Server) kindOf(name string) (kind, bool) {
+	switch name {
+	case s.SecretNames.SVID:
+		return kind{}, true
+	case s.SecretNames.Bundle, s.SecretNames.AllBundles:
+		return kind{context: true, domain: s.TrustDomain.Name()}, true
+	}
+	id, err := spiffeid.FromString(name)
+	if err != nil {
+		return kind{}, false
+	}
+	if id.Path() == "" {
+		return kind{context: true, domain: id.TrustDomain().Name()}, true
+	}
+	return kind{}, true
 }
 
 // begin takes from the first request what holds for the whole stream: a node
@@ -114,8 +148,8 @@ func (t *talker) wanted(now *secrets) []string {
 }
 
 // pick returns what the client is to have under a name: the secret, a
-// tombstone where it was sent a secret that is withdrawn, or nil. A key that
-// the evidence does not confirm stays where it is and goes nowhere else.
+// tombstone where it has a secret that is withdrawn, or nil. A key that the
+// evidence does not confirm stays where it is and goes nowhere else.
 func (t *talker) pick(now *secrets, name string) (*resource, error) {
 	had := t.has[name]
 	r, err := now.get(name, t.plain)
@@ -124,7 +158,7 @@ func (t *talker) pick(now *secrets, name string) (*resource, error) {
 		return nil, err
 	case r != nil && (!r.kept || had.given && had.version == r.version):
 		return r, nil
-	case had.given:
+	case had.given || had.brought && r == nil:
 		return t.s.graves.tombstone(name, had.kind, t.plain)
 	}
 	return nil, nil
@@ -185,8 +219,9 @@ func (t *sotw) heed(in *discoveryv3.DiscoveryRequest) (bool, error) {
 	if err := checkType(in.TypeUrl); err != nil {
 		return false, err
 	}
+	first := !t.begun
 	switch n := in.ResponseNonce; {
-	case !t.begun:
+	case first:
 		t.begin(in.Node)
 		t.owed = true
 	case n != "" && !t.answers(n):
@@ -196,6 +231,12 @@ func (t *sotw) heed(in *discoveryv3.DiscoveryRequest) (bool, error) {
 	grown, err := t.sub.replace(in.ResourceNames)
 	if err != nil {
 		return false, err
+	}
+	if first && in.VersionInfo != "" && in.VersionInfo != versionOf(nil) {
+		// What it has is all or some of this.
+		for _, name := range in.ResourceNames {
+			t.bring(name, "")
+		}
 	}
 	t.settle()
 	t.resend(grown)
@@ -315,7 +356,7 @@ func (t *delta) recall(versions map[string]string) error {
 		case len(version) > 64: // not one of ours
 			version = ""
 		}
-		t.mark(name, mark{version: version})
+		t.bring(name, version)
 	}
 	return nil
 }
@@ -342,6 +383,8 @@ func (t *delta) say(now *secrets) (mem.BufferSlice, error) {
 			removed = append(removed, name)
 		case r != nil && t.lacks(r):
 			changed = append(changed, r)
+		case r != nil:
+			t.keep(r) // what the client brought is as good as sent
 		}
 	}
 	t.gone = nil

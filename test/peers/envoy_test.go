@@ -348,6 +348,16 @@ func (e *envoy) call() (int, string, error) {
 	return resp.StatusCode, string(b), err
 }
 
+// awaitTombstone waits until the certificate, which comes apart from the bundle,
+// is one that has expired and names nobody.
+func (e *envoy) awaitTombstone(t *testing.T) {
+	t.Helper()
+	await(t, "a tombstone", func() bool {
+		h := e.holds(t)
+		return len(h.IDs) == 0 && h.Expired
+	})
+}
+
 func (e *envoy) awaitOK(t *testing.T) {
 	t.Helper()
 	var last string
@@ -557,9 +567,7 @@ func (m *mesh) testEntries(t *testing.T) {
 				t.Errorf("%s: got %d, %v without its entry, want refusal", side.name, code, err)
 			}
 		}
-		if h := side.holds(t); len(h.IDs) != 0 || !h.Expired {
-			t.Errorf("%s: holds %+v without its entry, want what has expired and names nobody", side.name, h)
-		}
+		side.awaitTombstone(t)
 		if n := side.stat(t, ".update_rejected"); n != 0 {
 			t.Errorf("%s: Envoy rejected %d updates", side.name, n)
 		}
@@ -630,30 +638,37 @@ func (m *mesh) testUnknown(t *testing.T, web *envoy) {
 	}
 }
 
-// The daemon is away, and comes back with other keys of its own for each process.
+// The daemon is away, and comes back with other keys for each process; then
+// again, without the entries of the clients.
 func TestEnvoysThroughARestartOfTheDaemon(t *testing.T) {
 	t.Parallel()
-	d, restart := restartable(t, "example.org", "")
-	var pairs []*envoy
+	entry := func(path string, uid int) string {
+		return fmt.Sprintf("entry %q {\n  selectors = [\"unix:uid:%d\"]\n  x509_ttl = \"20s\"\n}\n", path, uid)
+	}
+	var servers, clients strings.Builder
+	// The name of an exec ends with the daemon; a user does not.
+	const first = 64000
+	for i := range subscriptions {
+		servers.WriteString(entry("/mesh/web", first+2*i))
+		clients.WriteString(entry("/mesh/shop", first+2*i+1))
+	}
+	d, restart := restartable(t, "example.org", servers.String()+clients.String())
+	var all, shops []*envoy
 	var loads []*load
 	for i, s := range subscriptions {
 		m := newMesh(t, d, s.changes...)
-		// The name of an exec ends with the daemon; a user does not.
-		webUser, shopUser := fmt.Sprint("uid:", 64000+2*i), fmt.Sprint("uid:", 64001+2*i)
-		m.entry(t, "/mesh/web", webUser, "--x509-ttl", "20s")
-		m.entry(t, "/mesh/shop", shopUser, "--x509-ttl", "20s")
-		web := m.webEnvoy(t, webUser)
-		shop := m.shopEnvoy(t, shopUser, web)
+		web := m.webEnvoy(t, fmt.Sprint("uid:", first+2*i))
+		shop := m.shopEnvoy(t, fmt.Sprint("uid:", first+2*i+1), web)
 		shop.awaitOK(t)
-		pairs, loads = append(pairs, web, shop), append(loads, shop.load(t))
+		all, shops, loads = append(all, web, shop), append(shops, shop), append(loads, shop.load(t))
 	}
-	before := make([]*x509.Certificate, len(pairs))
-	for i, e := range pairs {
+	before := make([]*x509.Certificate, len(all))
+	for i, e := range all {
 		before[i] = e.certificate(t)
 	}
-	restart()
+	restart(servers.String() + clients.String())
 	for range 2 { // on its return, and by rotation
-		for i, e := range pairs {
+		for i, e := range all {
 			await(t, "a new SVID after the restart", func() bool { return !e.certificate(t).Equal(before[i]) })
 			before[i] = e.certificate(t)
 		}
@@ -661,10 +676,20 @@ func TestEnvoysThroughARestartOfTheDaemon(t *testing.T) {
 	for _, l := range loads {
 		l.end(t)
 	}
+
+	restart(servers.String())
+	for _, shop := range shops {
+		await(t, "a client whose entry is gone to be refused", func() bool {
+			code, _, err := shop.call()
+			return err == nil && code == http.StatusServiceUnavailable
+		})
+		shop.awaitTombstone(t)
+	}
 }
 
-// restartable is start for a daemon that the test ends and starts again.
-func restartable(t *testing.T, trustDomain, config string) (d *daemon, restart func()) {
+// restartable is start for a daemon that the test ends and starts again, with
+// other lines.
+func restartable(t *testing.T, trustDomain, config string) (d *daemon, restart func(config string)) {
 	t.Helper()
 	binary, err := deputy()
 	if err != nil {
@@ -676,24 +701,24 @@ func restartable(t *testing.T, trustDomain, config string) (d *daemon, restart f
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	d = &daemon{binary, dir, filepath.Join(dir, "public/w.sock"), filepath.Join(dir, "private/a.sock")}
-	file := filepath.Join(dir, "deputy.hcl")
-	text := fmt.Sprintf("trust_domain = %q\ndata_dir = %q\nworkload_socket { path = %q }\nadmin_socket { path = %q }\n%s",
-		trustDomain, filepath.Join(dir, "data"), d.workload, d.admin, config)
-	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
-		t.Fatal(err)
-	}
 	times := 0
-	run := func() *running {
+	run := func(config string) *running {
 		times++
+		file := filepath.Join(dir, "deputy.hcl")
+		text := fmt.Sprintf("trust_domain = %q\ndata_dir = %q\nworkload_socket { path = %q }\nadmin_socket { path = %q }\n%s",
+			trustDomain, filepath.Join(dir, "data"), d.workload, d.admin, config)
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
 		r := launch(t, filepath.Join(dir, fmt.Sprint("log.", times)), binary, "run", "--config", file)
 		await(t, "a healthy daemon", func() bool { return exec.Command(binary, "health", "--socket", d.workload).Run() == nil })
 		return r
 	}
-	now := run()
-	return d, func() {
+	now := run(config)
+	return d, func(config string) {
 		now.cmd.Process.Signal(syscall.SIGTERM)
 		<-now.done
-		now = run()
+		now = run(config)
 	}
 }
 

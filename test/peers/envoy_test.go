@@ -544,7 +544,12 @@ func refused(t *testing.T, client *envoy) {
 func (m *mesh) testEntries(t *testing.T) {
 	ids := map[string]string{"web-3": m.entry(t, "/mesh/web", "web-3"), "shop-3": m.entry(t, "/mesh/shop", "shop-3")}
 	web := m.webEnvoy(t, "web-3", "name: default", "name: "+webID)
-	shop := m.shopEnvoy(t, "shop-3", web)
+	// This one has plain CA certificates.
+	shop := m.shopEnvoy(t, "shop-3", web, "cluster: shop }", "cluster: shop, metadata: { disable_spiffe_cert_validation: true } }")
+	shop.awaitOK(t)
+	const dump = "/config_dump?resource=dynamic_active_secrets"
+	contains(t, web.mustGet(t, dump), "envoy.tls.cert_validator.spiffe")
+	contains(t, shop.mustGet(t, dump), "trusted_ca")
 	for _, side := range []struct {
 		name, path string
 		*envoy

@@ -77,9 +77,7 @@ func newMesh(t *testing.T, d *daemon, changes ...string) *mesh {
 		io.WriteString(w, r.Header.Get("X-Forwarded-Client-Cert"))
 	}))
 	t.Cleanup(service.Close)
-	if err := os.Chmod(d.dir, 0o755); err != nil { // so that other users reach the socket
-		t.Fatal(err)
-	}
+	d.reachable(t)
 	return &mesh{d, service, changes}
 }
 
@@ -456,6 +454,7 @@ var subscriptions = []struct {
 // One pair works under load through rotations of its SVIDs and of the CA, while
 // others on the same daemon lose and regain their entries.
 func TestEnvoys(t *testing.T) {
+	needRoot(t)
 	t.Parallel()
 	for _, s := range subscriptions {
 		t.Run(s.name, func(t *testing.T) {
@@ -646,6 +645,7 @@ func (m *mesh) testUnknown(t *testing.T, web *envoy) {
 // The daemon is away, and comes back with other keys for each process; then
 // again, without the entries of the clients.
 func TestEnvoysThroughARestartOfTheDaemon(t *testing.T) {
+	needRoot(t)
 	t.Parallel()
 	entry := func(path string, uid int) string {
 		return fmt.Sprintf("entry %q {\n  selectors = [\"unix:uid:%d\"]\n  x509_ttl = \"20s\"\n}\n", path, uid)
@@ -730,6 +730,7 @@ func restartable(t *testing.T, trustDomain, config string) (d *daemon, restart f
 // Two trust domains: each Envoy has ALL bundles from its own daemon, and chooses by
 // the peer's trust domain.
 func TestEnvoysAcrossTrustDomains(t *testing.T) {
+	needRoot(t)
 	t.Parallel()
 	const theirWeb = "spiffe://other.example/mesh/web"
 	here := newMesh(t, start(t, "example.org", ""), "name: ROOTCA", "name: ALL")
@@ -764,6 +765,7 @@ func TestEnvoysAcrossTrustDomains(t *testing.T) {
 // A session that is resumed shows no certificate, so the page forbids that: a client
 // would come in by it after its SVID has expired.
 func TestEnvoyLetsNoExpiredSVIDResume(t *testing.T) {
+	needRoot(t)
 	t.Parallel()
 	d := start(t, "example.org", strings.ReplaceAll(own("own", "  x509_ttl = \"5s\"\n"), "/agent/own", "/mesh/shop"))
 	m := newMesh(t, d)

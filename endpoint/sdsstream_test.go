@@ -191,6 +191,8 @@ func TestUnsubscribedNamesAreNotPushed(t *testing.T) {
 	d.unsubscribe(name)
 	s.ask("default", "ROOTCA")
 	s.recv("default", "ROOTCA")
+	d.subscribe("ROOTCA")
+	d.recv("ROOTCA")
 	w.delete(next)
 	s.ask("default", "ROOTCA", name, "spiffe://test.example")
 	d.subscribe(name, "spiffe://test.example")

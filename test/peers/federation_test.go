@@ -104,6 +104,65 @@ func TestFederationAsThePageSays(t *testing.T) {
 	}
 }
 
+// The page's blocks for the Web PKI, with a certificate that is replaced while
+// both run, and one that is another's.
+func TestFederationByTheWebAsThePageSays(t *testing.T) {
+	hcl := meshBlocks(t, "Federation", "hcl")
+	if len(hcl) != 4 {
+		t.Fatalf("the page has %d blocks of HCL, want 4", len(hcl))
+	}
+	port := freePort(t)
+	cert, key, _ := webPair(t)
+	files := strings.NewReplacer(
+		"0.0.0.0:8443", fmt.Sprintf("127.0.0.1:%d", port),
+		"host-two.example.net:8443", fmt.Sprintf("127.0.0.1:%d", port),
+		"/etc/deputy/tls/bundle.crt", cert, "/etc/deputy/tls/bundle.key", key, "/etc/deputy/tls/ca.crt", cert,
+	)
+	two := start(t, "two.example", files.Replace(hcl[2]))
+	one := start(t, "one.example", files.Replace(hcl[3]))
+	list := func() string { return run(t, one.binary, "federation", "list", "--admin-socket", one.admin) }
+	await(t, "the bundle of two", func() bool { return strings.Contains(list(), " fine ") })
+	show := func(d *daemon) string {
+		return run(t, one.binary, "bundle", "show", "two.example", "--admin-socket", d.admin)
+	}
+	if got, want := show(one), show(two); got != want {
+		t.Errorf("got %s, want two's own bundle %s", got, want)
+	}
+
+	refresh := func() (string, error) {
+		out, err := exec.Command(one.binary, "federation", "refresh", "two.example", "--admin-socket", one.admin).CombinedOutput()
+		return string(out), err
+	}
+	replace := func(with string, files ...string) {
+		t.Helper()
+		for i, from := range []string{with, strings.TrimSuffix(with, ".crt") + ".key"}[:len(files)] {
+			text, err := os.ReadFile(from)
+			if err == nil {
+				err = os.WriteFile(files[i], text, 0o600)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	old := filepath.Join(t.TempDir(), "old.crt")
+	replace(cert, old)
+	next, _, _ := webPair(t)
+	replace(next, cert, key) // at the server, and with it the CA that one knows
+	await(t, "two's next certificate", func() bool { _, err := refresh(); return err == nil })
+	replace(old, cert) // now one wants the certificate of before, and two keeps the last pair
+	out, err := refresh()
+	if err == nil || !strings.Contains(out, "server is not the bundle endpoint") {
+		t.Errorf("got %q, %v, want that it is the wrong server", out, err)
+	}
+	if got := list(); !strings.Contains(got, "failing, 1: server is not the bundle endpoint") {
+		t.Errorf("got %q, want the failure", got)
+	}
+	if got, want := show(one), show(two); got != want {
+		t.Error("the last good bundle is gone")
+	}
+}
+
 // configure replaces what stands after the trust domain and the sockets, as an
 // editor does; the daemon reloads it.
 func (d *daemon) configure(t *testing.T, config string) {
@@ -139,7 +198,7 @@ func TestFederationThroughRotations(t *testing.T) {
 				with = append(with, fmt.Sprintf("%q", n+".example"))
 			}
 		}
-		return fmt.Sprintf("\nauthority \"local\" { ca_ttl = \"30s\" }\n") + own("a", "  x509_ttl = \"5s\"\n  federates_with = ["+strings.Join(with, ", ")+"]\n")
+		return "\nauthority \"local\" { ca_ttl = \"30s\" }\n" + own("a", "  x509_ttl = \"5s\"\n  federates_with = ["+strings.Join(with, ", ")+"]\n")
 	}
 	endpoint := func(name string) string {
 		profile := `profile "https_spiffe" {}`

@@ -10,6 +10,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -423,6 +424,41 @@ func TestSecretStreamEndsWithItsClientsWord(t *testing.T) {
 		t.Errorf("got %v, want the end", err)
 	}
 	eventually(t, "the stream is given back", func() bool { return w.budget.streams.Load() == 0 })
+}
+
+// One that asks and asks and never reads waits for itself alone.
+func TestClientThatDoesNotReadHoldsUpNobodyElse(t *testing.T) {
+	w := start(t)
+	w.entry("/a", nil, mine)
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	st, err := w.envoy().StreamSecrets(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var sent atomic.Int64
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		for i := 0; ; i++ {
+			names := []string{"default", "ROOTCA"}
+			if st.Send(&discoveryv3.DiscoveryRequest{ResourceNames: names[:i%2+1]}) != nil {
+				return
+			}
+			sent.Add(1)
+		}
+	}()
+	stuck := func() bool {
+		n := sent.Load()
+		s := w.sotw("default") // in the meantime
+		s.recv("default")
+		s.st.CloseSend()
+		return n > 0 && n == sent.Load()
+	}
+	eventually(t, "it has to wait", func() bool { return stuck() && stuck() && stuck() })
+	cancel()
+	<-ended
+	eventually(t, "its stream is given back", func() bool { return w.budget.streams.Load() == 0 })
 }
 
 func TestStopEndsSecretStreams(t *testing.T) {

@@ -72,15 +72,16 @@ func TestScripts(t *testing.T) {
 			return os.Geteuid() == 0, nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"subst":  subst,
-			"start":  start,
-			"stop":   stopDaemon,
-			"signal": signalDaemon,
-			"logged": logged,
-			"status": status,
-			"until":  until,
-			"mode":   mode,
-			"mount":  mount,
+			"subst":   subst,
+			"start":   start,
+			"stop":    stopDaemon,
+			"signal":  signalDaemon,
+			"logged":  logged,
+			"status":  status,
+			"until":   until,
+			"mode":    mode,
+			"mount":   mount,
+			"secrets": secrets,
 		},
 	})
 }

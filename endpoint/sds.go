@@ -66,7 +66,7 @@ func (s *Server) fetchSecrets(ctx context.Context, l *link, in *discoveryv3.Disc
 	if err != nil {
 		return nil, err
 	}
-	all, _, err := t.pickAll(s.secretsOf(l, now))
+	all, _, err := t.pickAll(s.secretsOf(l, now), now.doubt)
 	if err != nil {
 		return nil, err
 	}
@@ -132,7 +132,7 @@ func (s *Server) converse(ctx context.Context, l *link, st grpc.ServerStream, na
 			return err
 		}
 		has = now
-		out, err := t.say(s.secretsOf(l, has))
+		out, err := t.say(s.secretsOf(l, has), has.doubt)
 		if err != nil {
 			return err
 		}
@@ -156,7 +156,7 @@ func (s *Server) secretState(ctx context.Context, l *link, name string, has *sta
 			now.bundles = now.bundles.Restrict(federatedWith(now.svids))
 		}
 		return now, nil
-	case has == nil && !(returns && code(err) == codes.PermissionDenied):
+	case has == nil && !(returns && errors.Is(err, errNoIdentity)):
 		return nil, err
 	case code(err) == codes.PermissionDenied:
 		if has == nil || has.bundles != nil {
@@ -170,7 +170,7 @@ func (s *Server) secretState(ctx context.Context, l *link, name string, has *sta
 	// The client keeps what it has while that lives, and its entry; what could
 	// not be found out is not held against it. Bundles have no keys in them, and
 	// go on.
-	now = &state{entries: entries, again: true, bundles: has.bundles}
+	now = &state{entries: entries, again: true, doubt: true, bundles: has.bundles}
 	now.svids = slices.DeleteFunc(slices.Clone(has.svids), func(x svid.X509) bool {
 		_, there := set.Entry(x.Entry.ID)
 		return !there || !time.Now().Before(x.Chain[0].NotAfter)

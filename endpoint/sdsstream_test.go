@@ -577,6 +577,26 @@ func TestSecretsWhileEvidenceIsUnknown(t *testing.T) {
 		w.entry("/last", nil, mine)
 		w.wantSVID(d.recv("default", container)[container], "/container")
 	})
+	t.Run("new stream takes nothing of what the client brings", func(t *testing.T) {
+		w := start(t)
+		w.entry("/user", nil, mine)
+		e := w.entry("/container", nil, image)
+		w.evidence.set(known)
+		s, d := w.sotw(user, container), w.delta(user, container)
+		s.recv(user, container)
+		d.recv(user, container)
+		w.evidence.set(unknown)
+		s = w.sotwFrom(&discoveryv3.DiscoveryRequest{ResourceNames: []string{user, container}, VersionInfo: s.last.VersionInfo})
+		s.recv(user)
+		versions := d.versions()
+		versions[user] = "older"
+		d = w.deltaFrom(&discoveryv3.DeltaDiscoveryRequest{ResourceNamesSubscribe: []string{user, container}, InitialResourceVersions: versions})
+		d.recv(user)
+		w.evidence.set(func(ev *attestor.Evidence) { ev.Selectors, ev.Unknown = []attestor.Selector{mine}, nil })
+		w.delete(e) // wakes the streams
+		wantWithdrawn(t, s.recv(user, container)[container])
+		wantWithdrawn(t, d.recv(container)[container])
+	})
 	t.Run("deleted entry goes although its kind is unknown", func(t *testing.T) {
 		w := start(t)
 		e := w.entry("/container", nil, image)
@@ -641,6 +661,8 @@ func TestTracedProcessKeepsItsSecrets(t *testing.T) {
 	w.evidence.set(func(ev *attestor.Evidence) { ev.Traced = true })
 	_, err := w.sotw("default").st.Recv()
 	wantCode(t, err, codes.PermissionDenied)
+	_, err = w.sotwFrom(&discoveryv3.DiscoveryRequest{ResourceNames: []string{"default"}, VersionInfo: s.last.VersionInfo}).st.Recv()
+	wantCode(t, err, codes.PermissionDenied) // and what it has stays
 }
 
 func TestSecretStreamEndsWithItsProgram(t *testing.T) {

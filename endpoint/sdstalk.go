@@ -25,8 +25,9 @@ type talk interface {
 	// take hears the client's message. It reports whether there may be something
 	// to say.
 	take(encoded) (bool, error)
-	// say returns what the client does not have yet, nil if that is nothing.
-	say(*secrets) (mem.BufferSlice, error)
+	// say returns what the client does not have yet, nil if that is nothing. In
+	// doubt, the secrets may not be all that the process is entitled to.
+	say(now *secrets, doubt bool) (mem.BufferSlice, error)
 	// returns reports whether the client has secrets from an earlier stream.
 	returns() bool
 }
@@ -149,8 +150,9 @@ func (t *talker) wanted(now *secrets) []string {
 
 // pick returns what the client is to have under a name: the secret, a
 // tombstone where it has a secret that is withdrawn, or nil. A key that the
-// evidence does not confirm stays where it is and goes nowhere else.
-func (t *talker) pick(now *secrets, name string) (*resource, error) {
+// evidence does not confirm stays where it is and goes nowhere else; of what we
+// did not see ourselves, doubt takes nothing.
+func (t *talker) pick(now *secrets, name string, doubt bool) (*resource, error) {
 	had := t.has[name]
 	r, err := now.get(name, t.plain)
 	switch {
@@ -158,7 +160,7 @@ func (t *talker) pick(now *secrets, name string) (*resource, error) {
 		return nil, err
 	case r != nil && (!r.kept || had.given && had.version == r.version):
 		return r, nil
-	case had.given || had.brought && r == nil:
+	case had.given || had.brought && r == nil && !doubt:
 		return t.s.graves.tombstone(name, had.kind, t.plain)
 	}
 	return nil, nil
@@ -243,8 +245,8 @@ func (t *sotw) heed(in *discoveryv3.DiscoveryRequest) (bool, error) {
 	return len(grown) > 0 || t.owed, nil
 }
 
-func (t *sotw) say(now *secrets) (mem.BufferSlice, error) {
-	all, changed, err := t.pickAll(now)
+func (t *sotw) say(now *secrets, doubt bool) (mem.BufferSlice, error) {
+	all, changed, err := t.pickAll(now, doubt)
 	if err != nil || !changed && !t.owed {
 		return nil, err
 	}
@@ -257,11 +259,11 @@ func (t *sotw) say(now *secrets) (mem.BufferSlice, error) {
 
 // pickAll returns all that the client is to have, and whether it does not have
 // some of it.
-func (t *talker) pickAll(now *secrets) (all []*resource, changed bool, err error) {
+func (t *talker) pickAll(now *secrets, doubt bool) (all []*resource, changed bool, err error) {
 	names := t.wanted(now)
 	all = make([]*resource, 0, min(len(names), len(now.svids)+len(now.contexts)+len(t.has)))
 	for _, name := range names {
-		r, err := t.pick(now, name)
+		r, err := t.pick(now, name, doubt)
 		if err != nil {
 			return nil, false, err
 		}
@@ -361,7 +363,7 @@ func (t *delta) recall(versions map[string]string) error {
 	return nil
 }
 
-func (t *delta) say(now *secrets) (mem.BufferSlice, error) {
+func (t *delta) say(now *secrets, doubt bool) (mem.BufferSlice, error) {
 	var changed []*resource
 	var removed []string
 	wanted := t.wanted(now)
@@ -372,7 +374,7 @@ func (t *delta) say(now *secrets) (mem.BufferSlice, error) {
 		}
 	}
 	for _, name := range names {
-		r, err := t.pick(now, name)
+		r, err := t.pick(now, name, doubt)
 		if err != nil {
 			return nil, err
 		}
@@ -396,7 +398,8 @@ func (t *delta) say(now *secrets) (mem.BufferSlice, error) {
 	}
 	for _, name := range removed {
 		if t.sub.has(name) {
-			t.mark(name, mark{absent: true})
+			had := t.has[name]
+			t.mark(name, mark{absent: true, kind: had.kind, brought: had.brought})
 		} else {
 			delete(t.has, name)
 		}

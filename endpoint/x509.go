@@ -37,6 +37,7 @@ type state struct {
 	stale    <-chan struct{}   // SVIDs or bundles
 	entries  <-chan struct{}
 	again    bool // something is unknown: ask again after a while
+	doubt    bool // the process may be entitled to more
 }
 
 // fetchX509SVID is one loop: identify, send, wait, and back to identify.
@@ -193,7 +194,7 @@ func (s *Server) holdings(ctx context.Context, l *link, has *state) (*state, err
 		}
 		return nil, verdict
 	}
-	next := &state{view: v, entries: entries, kept: kept, again: len(v.Unknown) > 0 || len(kept) > 0}
+	next := &state{view: v, entries: entries, kept: kept, again: len(v.Unknown) > 0 || len(kept) > 0, doubt: len(v.Unknown) > 0 || v.Traced}
 	if verdict != nil {
 		next.bundles, next.stale = s.Authority.Bundles()
 		next.svids = kept

@@ -136,7 +136,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 }
 
 // maxAge is how long a copy may be used: as long as a bundle may. The next key
-// is published for more than three times that before it signs.
+// is published for three times that, at least, before it signs.
 func maxAge(b *svid.Bundle) time.Duration { return max(b.RefreshHint, time.Second) }
 
 // keySet returns the keys of now, encoded once for each bundle.

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"net/http/httptest"
 	"net/url"
 	"os"
 	"os/exec"
@@ -173,19 +172,27 @@ func pagesRealm(t *testing.T) string {
 	return string(text)
 }
 
+// webBundle is the page's bundle endpoint with a certificate of the web.
+func webBundle(t *testing.T, address, cert, key string) string {
+	t.Helper()
+	for _, block := range meshBlocks(t, "Federation", "hcl") {
+		if strings.Contains(block, "bundle_endpoint {") && strings.Contains(block, `profile "https_web"`) {
+			return asHere(t, block, "0.0.0.0:8443", address, "/etc/deputy/tls/bundle.crt", cert, "/etc/deputy/tls/bundle.key", key)
+		}
+	}
+	t.Fatal("the page has no bundle endpoint with a certificate of the web")
+	return ""
+}
+
 // A client of a realm logs in by a JWT-SVID alone: found by OpenID Connect
 // discovery's keys, and by SPIFFE's bundle.
 func TestKeycloakTakesJWTSVIDsAsClientAuthentication(t *testing.T) {
 	realm := pagesRealm(t)
-	i := startIssuer(t, "example.org", "", own("writer", "  hint = \"w\"\n")+own("nobody", "  hint = \"n\"\n"))
-	bundle := run(t, i.binary, "bundle", "show", "--format", "spiffe", "--admin-socket", i.admin)
-	endpoint := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-		w.Header().Set("Content-Type", "application/json")
-		fmt.Fprint(w, bundle)
-	}))
-	defer endpoint.Close()
+	i := newIssuer(t, "")
+	bundle := fmt.Sprintf("127.0.0.1:%d", freePort(t))
+	i.start(t, "example.org", own("writer", "  hint = \"w\"\n")+own("nobody", "  hint = \"n\"\n")+webBundle(t, bundle, i.cert, i.key))
 	k := startKeycloak(t, i.cert)
-	k.create(t, strings.NewReplacer("https://issuer.example.org", i.url, "https://bundle.example.org:8443/", endpoint.URL).Replace(realm))
+	k.create(t, asHere(t, realm, "https://issuer.example.org", i.url, "https://bundle.example.org:8443/", "https://"+bundle+"/"))
 
 	// The same names, and keys that nobody was told of.
 	liar := start(t, "example.org", own("researcher", "  hint = \"r\"\n")+own("writer", "  hint = \"w\"\n")+fmt.Sprintf("authority \"local\" { jwt_issuer = %q }\n", i.url))

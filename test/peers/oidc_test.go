@@ -69,37 +69,51 @@ func webPair(t *testing.T) (cert, key string, client *http.Client) {
 // An issuer is a daemon that serves discovery.
 type issuer struct {
 	*daemon
-	url, cert string
-	client    *http.Client
+	address, url, cert, key string
+	client                  *http.Client
 }
 
-// startIssuer runs a daemon with the page's configuration, in whose texts old
-// becomes new, and more lines after it.
+func newIssuer(t *testing.T, path string) *issuer {
+	t.Helper()
+	i := &issuer{address: fmt.Sprintf("127.0.0.1:%d", freePort(t))}
+	i.url = "https://" + i.address + path
+	i.cert, i.key, i.client = webPair(t)
+	return i
+}
+
+// startIssuer runs a daemon with the page's configuration, in which old becomes
+// new, and more lines after it.
 func startIssuer(t *testing.T, trustDomain, path, more string, oldnew ...string) *issuer {
+	t.Helper()
+	i := newIssuer(t, path)
+	i.start(t, trustDomain, more, oldnew...)
+	return i
+}
+
+func (i *issuer) start(t *testing.T, trustDomain, more string, oldnew ...string) {
 	t.Helper()
 	blocks := meshBlocks(t, oidcSection, "hcl")
 	if len(blocks) == 0 {
 		t.Fatal("the page has no configuration")
 	}
-	address := fmt.Sprintf("127.0.0.1:%d", freePort(t))
-	i := &issuer{url: "https://" + address + path}
-	var key string
-	i.cert, key, i.client = webPair(t)
-	text := blocks[0]
-	oldnew = append(oldnew,
+	i.daemon = start(t, trustDomain, asHere(t, blocks[0], append(oldnew,
 		"https://issuer.example.org", i.url,
-		"0.0.0.0:8444", address,
+		"0.0.0.0:8444", i.address,
 		"/etc/deputy/tls/issuer.crt", i.cert,
-		"/etc/deputy/tls/issuer.key", key,
-		`["cgroup:unit:researcher.service", "process:leader:true"]`, fmt.Sprintf(`["unix:uid:%d"]`, os.Getuid()))
+		"/etc/deputy/tls/issuer.key", i.key,
+		`["cgroup:unit:researcher.service", "process:leader:true"]`, fmt.Sprintf(`["unix:uid:%d"]`, os.Getuid()))...)+more)
+}
+
+// asHere is a text of the page in which every old becomes new.
+func asHere(t *testing.T, text string, oldnew ...string) string {
+	t.Helper()
 	for n := 0; n < len(oldnew); n += 2 {
 		if !strings.Contains(text, oldnew[n]) {
 			t.Fatalf("the page does not say %s any more:\n%s", oldnew[n], text)
 		}
 		text = strings.ReplaceAll(text, oldnew[n], oldnew[n+1])
 	}
-	i.daemon = start(t, trustDomain, text+more)
-	return i
+	return text
 }
 
 // token fetches a JWT-SVID of the agent for an audience.

@@ -1,4 +1,5 @@
-// Package svid turns entries into X.509- and JWT-SVIDs and keeps them fresh.
+// Package svid turns entries into X.509-, JWT- and WIT-SVIDs and keeps them
+// fresh.
 //
 // An Authority signs; the Issuer is the signing itself, for authorities that
 // hold a key on this machine; the Keeper holds what was issued for each

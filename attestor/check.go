@@ -32,6 +32,7 @@ var (
 	formLongID   = form{"the container's full ID, 64 lower-case hexadecimal digits", hexID}
 	formRuntime  = form{"docker, containerd, podman or cri-o", isRuntime}
 	formRepo     = form{"a repository with its registry, such as docker.io/library/alpine, without tag or digest", isRepository}
+	formKind     = form{"KIND:VALUE", func(s string) bool { k, v, ok := strings.Cut(s, ":"); return ok && k != "" && v != "" }}
 	formDigested = form{"REPOSITORY@sha256:DIGEST, with the registry", isDigested}
 )
 
@@ -55,6 +56,12 @@ var forms = map[string]map[string]form{
 	"container": {"id": formLongID, "name": formName, "runtime": formRuntime, "path": formPath},
 	"image": {
 		"digest": formDigest, "config_digest": formDigest, "repository": formRepo, "reference": formDigested,
+	},
+	// Of pods that a broker refers to.
+	"k8s": {
+		"ns": formName, "sa": formName, "node-name": formName, "pod-name": formName, "pod-uid": formName,
+		"pod-label": formLabel, "pod-owner": formKind, "pod-owner-uid": formKind,
+		"pod-image": formAny, "pod-init-image": formAny, "pod-image-count": formID, "pod-init-image-count": formID,
 	},
 }
 

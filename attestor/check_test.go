@@ -17,6 +17,9 @@ func TestCheckSelectorTakesWhatAttestorsGive(t *testing.T) {
 		"container:id:" + id1, "container:name:web_1", "container:runtime:docker", "container:path:/app",
 		"image:digest:sha256:" + id1, "image:config_digest:sha256:" + id1, "image:repository:docker.io/library/alpine", "image:repository:127.0.0.1:5000/a",
 		"image:reference:docker.io/library/alpine@sha256:" + id1,
+		"k8s:ns:default", "k8s:sa:workload", "k8s:node-name:node-1", "k8s:pod-name:demo", "k8s:pod-uid:c3701101-cc75-46a6-b5ca-641119cf17d9",
+		"k8s:pod-label:app.kubernetes.io/name:demo", "k8s:pod-label:empty:", "k8s:pod-owner:ReplicaSet:demo", "k8s:pod-owner-uid:ReplicaSet:c3701101",
+		"k8s:pod-image:docker.io/library/alpine:3.20", "k8s:pod-init-image:a", "k8s:pod-image-count:1", "k8s:pod-init-image-count:0",
 	} {
 		s, err := ParseSelector(text)
 		if err != nil {
@@ -30,7 +33,7 @@ func TestCheckSelectorTakesWhatAttestorsGive(t *testing.T) {
 
 func TestCheckSelectorSaysWhatItExpected(t *testing.T) {
 	for text, want := range map[string]string{
-		"unxi:uid:0":                          "known are cgroup, container, docker, image, process, systemd, unix",
+		"unxi:uid:0":                          "known are cgroup, container, docker, image, k8s, process, systemd, unix",
 		"unix:pid:0":                          "gid, group, path, sha256, supplementary_gid",
 		"unix:uid":                            "a number from 0 to 4294967295",
 		"unix:uid:":                           "a number from 0 to 4294967295",

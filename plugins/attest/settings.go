@@ -46,7 +46,8 @@ func (s *Settings) Check() error {
 	if s.Type == "" {
 		return nil
 	}
-	if known := attestor.KnownTypes(); !slices.Contains(known, s.Type) {
+	// k8s is of pods that a broker refers to, not of processes.
+	if known := slices.DeleteFunc(attestor.KnownTypes(), func(t string) bool { return t == "k8s" }); !slices.Contains(known, s.Type) {
 		return fmt.Errorf("unknown type %q of selectors; there are %s", s.Type, strings.Join(known, ", "))
 	}
 	if by := given[s.Type]; s.listed() && (by == "docker" && s.Docker == nil || by == "systemd" && !s.Systemd) {

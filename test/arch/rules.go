@@ -33,11 +33,13 @@ var may = map[string][]string{
 	"svid/discovery":     {"svid"},
 	"svid/local":         {"svid", "svid/registry"},
 	"svid/federation":    {"svid"},
-	"endpoint":           {"attestor", "attestor/peer", "attestor/container", "svid/registry", "svid", "svid/local", "svid/federation", "proto/deputy/admin/v1"},
+	"endpoint":           {"attestor", "attestor/peer", "attestor/container", "attestor/kubernetes", "svid/registry", "svid", "svid/local", "svid/federation", "proto/deputy/admin/v1"},
 	"delegation":         {},
 	"plugins/attest":     {"attestor", "attestor/peer", "attestor/container"},
 	"plugins/claims":     {"delegation"},
 	"conf":               {},
+
+	"attestor/kubernetes": {"attestor"},
 
 	"internal/durable":      {},
 	"internal/keypair":      {},

@@ -1,0 +1,242 @@
+// Package kubernetes says what a pod of this node is. It asks the node's
+// kubelet, over HTTPS with a token, for the pods that run here and returns what
+// the kubelet says of one as selectors, in SPIRE's spelling.
+//
+// The kubelet is believed, like a container runtime; who listens in its place is
+// not, so its certificate is verified, nothing is followed elsewhere, and an
+// answer is bounded in size and time. What could not be found out is an error
+// and never "there is no such pod".
+//
+// A caller owes it to ask again every few seconds for as long as it acts for a
+// pod: labels change, and a pod of the same name may be another one.
+package kubernetes
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/singleflight"
+
+	"github.com/deputy-id/deputy/attestor"
+)
+
+// ErrNotFound says that no such pod runs on this node.
+var ErrNotFound = errors.New("pod is not on this node")
+
+const (
+	// fresh is how old a list may be: callers that ask at once cost one request.
+	fresh = time.Second
+	// askTime bounds a request.
+	askTime = 5 * time.Second
+	// maxList bounds its answer in bytes. A pod takes some ten thousand of them.
+	maxList = 64 << 20
+	// maxToken bounds the token's file in bytes.
+	maxToken = 64 << 10
+)
+
+// Options of a Node.
+type Options struct {
+	URL       string // https://HOST:PORT of the kubelet, as its certificate has it
+	TokenFile string // read at each request: tokens of service accounts rotate
+	CAFile    string // PEM, read once
+}
+
+// A Node knows the pods of this node. It is safe for concurrent use, and asks
+// the kubelet once a second at most.
+type Node struct {
+	url, token string
+	client     *http.Client
+	flights    singleflight.Group
+
+	mu   sync.Mutex // guards what follows
+	list *list
+}
+
+// A list is what the kubelet said. It is immutable.
+type list struct {
+	asked time.Time
+	pods  []*Pod
+}
+
+// A Pod is immutable; the same pointer comes back while nothing of it that
+// matters here has changed.
+type Pod struct {
+	Namespace, Name, UID string
+	Selectors            []attestor.Selector // sorted, each once
+}
+
+// A Reference names a pod by namespace and name, by UID, or by all three, which
+// must agree then.
+type Reference struct{ Namespace, Name, UID string }
+
+// New returns the node of this kubelet, which it does not ask yet.
+func New(o Options) (*Node, error) {
+	u, err := url.Parse(o.URL)
+	if err != nil || u.Scheme != "https" || u.Host == "" {
+		return nil, fmt.Errorf("kubelet %q: not an https URL", o.URL)
+	}
+	pem, err := os.ReadFile(o.CAFile)
+	if err != nil {
+		return nil, fmt.Errorf("CA of the kubelet: %w", err)
+	}
+	roots := x509.NewCertPool()
+	if !roots.AppendCertsFromPEM(pem) {
+		return nil, fmt.Errorf("CA of the kubelet: no certificate in %s", o.CAFile)
+	}
+	return &Node{
+		url:   strings.TrimSuffix(o.URL, "/") + "/pods",
+		token: o.TokenFile,
+		client: &http.Client{
+			Timeout: askTime,
+			Transport: &http.Transport{ // no proxy: the token is for the kubelet alone
+				TLSClientConfig:        &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12},
+				MaxResponseHeaderBytes: 64 << 10,
+				MaxIdleConns:           1,
+				IdleConnTimeout:        time.Minute,
+			},
+			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+		},
+	}, nil
+}
+
+// Pod returns the pod that the reference names, or ErrNotFound. A pod all of
+// whose containers have ended for good is not there any more.
+func (n *Node) Pod(ctx context.Context, r Reference) (*Pod, error) {
+	l, err := n.pods(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var found *Pod
+	for _, p := range l.pods {
+		if !r.names(p) {
+			continue
+		}
+		if found != nil {
+			return nil, fmt.Errorf("two pods are %s/%s", r.Namespace, r.Name)
+		}
+		found = p
+	}
+	if found == nil {
+		return nil, ErrNotFound
+	}
+	return found, nil
+}
+
+func (r Reference) names(p *Pod) bool {
+	switch {
+	case r.UID == "" && r.Name == "", r.UID != "" && p.UID != r.UID:
+		return false
+	case r.Namespace != "" || r.Name != "":
+		return p.Namespace == r.Namespace && p.Name == r.Name
+	}
+	return true
+}
+
+// pods returns a fresh list.
+func (n *Node) pods(ctx context.Context) (*list, error) {
+	if l := n.kept(); l != nil {
+		return l, nil
+	}
+	flight := n.flights.DoChan("", func() (any, error) {
+		if l := n.kept(); l != nil {
+			return l, nil
+		}
+		// Others wait for the answer too: it does not end with this call.
+		return n.ask(context.WithoutCancel(ctx))
+	})
+	select {
+	case r := <-flight:
+		if r.Err != nil {
+			return nil, fmt.Errorf("pods of the kubelet: %w", r.Err)
+		}
+		return r.Val.(*list), nil
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+}
+
+func (n *Node) kept() *list {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.list == nil || time.Since(n.list.asked) >= fresh {
+		return nil
+	}
+	return n.list
+}
+
+// ask asks the kubelet. What it says is as old as the question.
+func (n *Node) ask(ctx context.Context) (*list, error) {
+	l := &list{asked: time.Now()}
+	token, err := n.readToken()
+	if err != nil {
+		return nil, err
+	}
+	q, err := http.NewRequestWithContext(ctx, http.MethodGet, n.url, nil)
+	if err != nil {
+		return nil, err
+	}
+	q.Header.Set("Authorization", "Bearer "+token)
+	a, err := n.client.Do(q)
+	if err != nil {
+		return nil, err
+	}
+	defer a.Body.Close()
+	if a.StatusCode != http.StatusOK {
+		return nil, fmt.Errorf("it answers %s", a.Status) // its text may name what the token is
+	}
+	body, err := io.ReadAll(io.LimitReader(a.Body, maxList+1))
+	switch {
+	case err != nil:
+		return nil, err
+	case len(body) > maxList:
+		return nil, fmt.Errorf("its answer is longer than %d bytes", maxList)
+	}
+	if l.pods, err = parse(body); err != nil {
+		return nil, err
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.list != nil {
+		for i, p := range l.pods {
+			if j := slices.IndexFunc(n.list.pods, p.same); j >= 0 {
+				l.pods[i] = n.list.pods[j]
+			}
+		}
+	}
+	n.list = l
+	return l, nil
+}
+
+func (n *Node) readToken() (string, error) {
+	f, err := os.Open(n.token)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, maxToken+1))
+	token := strings.TrimSpace(string(b))
+	switch {
+	case err != nil:
+		return "", err
+	case len(b) > maxToken:
+		return "", fmt.Errorf("%s is longer than %d bytes", n.token, maxToken)
+	case token == "":
+		return "", fmt.Errorf("%s is empty", n.token)
+	}
+	return token, nil
+}
+
+func (p *Pod) same(o *Pod) bool {
+	return p.UID == o.UID && p.Name == o.Name && p.Namespace == o.Namespace && slices.Equal(p.Selectors, o.Selectors)
+}

@@ -51,6 +51,11 @@ type Config struct {
 	Federation     *Federation // nil: bundles are neither served nor fetched
 	Experimental   Experimental
 	Entries        []Entry // in the order of the file
+
+	DelegatedIdentity *DelegatedIdentity // nil: not offered
+	Broker            *Broker            // likewise
+
+	run string // the directory of the sockets' directories
 }
 
 // LogFormat is how log lines are written.

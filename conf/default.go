@@ -34,6 +34,7 @@ func Default(root bool, getenv func(string) string) (*Config, error) {
 			Keys:            setting(Disk),
 		},
 		SDS: defaultSDS(),
+		run: run,
 	}, nil
 }
 

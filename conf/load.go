@@ -56,6 +56,7 @@ func decode(src []byte, file string, base *Config) (*Config, Problems, Problems)
 	c := *base
 	c.File, c.Docker, c.Systemd, c.Claims, c.Entries = file, nil, nil, nil, nil
 	c.OIDCDiscovery, c.Federation = nil, nil
+	c.DelegatedIdentity, c.Broker = nil, nil
 	l := &loader{c: &c, src: src, first: make(map[string]hcl.Range)}
 	l.file(body)
 	l.problems.Sort()
@@ -120,11 +121,13 @@ func (l *loader) file(body *hclsyntax.Body) {
 				c.Claims = &Claims{b.DefRange(), string(l.src[start.Byte:b.CloseBraceRange.Start.Byte]), start}
 			}
 		},
-		"sds":            l.sds,
-		"oidc_discovery": l.discovery,
-		"federation":     l.federation,
-		"experimental":   l.experimental,
-		"entry":          func(b *hclsyntax.Block) { entries = append(entries, b) },
+		"sds":                l.sds,
+		"oidc_discovery":     l.discovery,
+		"federation":         l.federation,
+		"experimental":       l.experimental,
+		"delegated_identity": l.delegatedIdentity,
+		"broker":             l.broker,
+		"entry":              func(b *hclsyntax.Block) { entries = append(entries, b) },
 	})
 
 	l.places()
@@ -252,49 +255,81 @@ func (l *loader) attestor(b *hclsyntax.Block) {
 	}
 }
 
-// places keeps what is private out of the directory that containers mount, in
+// A place is a setting that says where something is.
+type place struct {
+	what string
+	at   Setting[string]
+}
+
+func (p place) dir() string { return filepath.Dir(p.at.Value) }
+
+// places keeps what is private out of the directories that containers mount, in
 // which their root may do as it likes. It compares the paths as they are
 // written; a link between them is for the one who writes them to see.
 func (l *loader) places() {
 	c := l.c
-	public := filepath.Dir(c.WorkloadSocket.Path.Value)
-	type place struct {
-		what string
-		at   Setting[string]
-	}
-	all := []place{
-		{"the admin socket", c.AdminSocket.Path},
-		{"data_dir", c.DataDir},
-		{"upstream_key", c.Authority.UpstreamKey},
-	}
+	workload, admin := place{"the workload socket", c.WorkloadSocket.Path}, place{"the admin socket", c.AdminSocket.Path}
+	private := []place{admin, {"data_dir", c.DataDir}, {"upstream_key", c.Authority.UpstreamKey}}
 	if d := c.OIDCDiscovery; d != nil {
-		all = append(all, place{"key_file", d.KeyFile})
+		private = append(private, place{"key_file", d.KeyFile})
 	}
 	if f := c.Federation; f != nil {
 		if f.Endpoint != nil {
-			all = append(all, place{"key_file", f.Endpoint.KeyFile})
+			private = append(private, place{"key_file", f.Endpoint.KeyFile})
 		}
 		for _, w := range f.FederatesWith { // who could change these is that trust domain
-			all = append(all, place{"bootstrap_bundle", w.BootstrapBundle}, place{"ca_file", w.CAFile})
+			private = append(private, place{"bootstrap_bundle", w.BootstrapBundle}, place{"ca_file", w.CAFile})
 		}
 	}
-	for _, private := range all {
-		if private.at.Value == "" || !within(private.at.Value, public) {
+	var lent []place // sockets of those who act for others
+	if d := c.DelegatedIdentity; d != nil {
+		lent = append(lent, place{"the delegated_identity socket", d.Socket})
+	}
+	if k := c.Broker; k != nil {
+		if k.Kubelet != nil {
+			private = append(private, place{"token_file", k.Kubelet.TokenFile}, place{"ca_file", k.Kubelet.CAFile})
+		}
+		if k.Socket.Value != "" {
+			lent = append(lent, place{"the broker socket", k.Socket})
+		}
+	}
+	l.apart(append(private, lent...), workload, "containers mount")
+	for _, socket := range lent {
+		l.apart(private, socket, "containers of those who use it mount")
+		l.passable(socket, admin)
+	}
+	l.passable(workload, admin)
+	if len(lent) == 2 && lent[0].at.Value == lent[1].at.Value {
+		l.problems.Add(lent[1].at.Range, "%s has the path of %s", lent[1].what, lent[0].what)
+	}
+}
+
+// apart wants none of the private places in or below a socket's directory.
+func (l *loader) apart(private []place, socket place, who string) {
+	for _, p := range private {
+		if p.at.Value == "" || !within(p.at.Value, socket.dir()) {
 			continue
 		}
-		at := private.at.Range
-		if !private.at.Given() {
-			at = c.WorkloadSocket.Path.Range
+		at := p.at.Range
+		if !p.at.Given() {
+			at = socket.at.Range
 		}
-		l.problems.Add(at, "%s (%s) may not be in or below the workload socket's directory %s, which containers mount", private.what, private.at.Value, public)
+		l.problems.Add(at, "%s (%s) may not be in or below %s's directory %s, which %s", p.what, p.at.Value, socket.what, socket.dir(), who)
 	}
-	if private := filepath.Dir(c.AdminSocket.Path.Value); public != private && within(public, private) {
-		at := c.WorkloadSocket.Path.Range
-		if !c.WorkloadSocket.Path.Given() {
-			at = c.AdminSocket.Path.Range
-		}
-		l.problems.Add(at, "the workload socket's directory %s is below the admin socket's %s, which only its owner may enter", public, private)
+}
+
+// passable wants a socket that others use outside of the admin socket's
+// directory.
+func (l *loader) passable(socket, admin place) {
+	dir, private := socket.dir(), admin.dir()
+	if dir == private || !within(dir, private) {
+		return
 	}
+	at := socket.at.Range
+	if !socket.at.Given() {
+		at = admin.at.Range
+	}
+	l.problems.Add(at, "%s's directory %s is below the admin socket's %s, which only its owner may enter", socket.what, dir, private)
 }
 
 // within reports whether a clean path is dir or below it.

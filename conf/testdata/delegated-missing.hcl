@@ -1,0 +1,1 @@
+delegated_identity {}

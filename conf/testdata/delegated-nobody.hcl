@@ -1,0 +1,3 @@
+delegated_identity {
+  authorized_delegates = []
+}

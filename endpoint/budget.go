@@ -146,6 +146,37 @@ func (b *budget) admit(uid uint32) (release func(), err error) {
 	}), nil
 }
 
+// with lends the account of an owner to f.
+func (b *budget) with(owner string, f func(*account)) {
+	b.mu.Lock()
+	a := b.use(owner)
+	b.mu.Unlock()
+	defer func() {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		b.giveBack(a)
+	}()
+	f(a)
+}
+
+// claim takes a connection of an owner that has no UID.
+func (b *budget) claim(owner string, most int) (a *account, release func(), err error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	a = b.use(owner)
+	if a.conns >= most {
+		b.giveBack(a)
+		return nil, nil, fmt.Errorf("%w: %d connections of %s are open", errBudget, a.conns, owner)
+	}
+	a.conns++
+	return a, sync.OnceFunc(func() {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		a.conns--
+		b.giveBack(a)
+	}), nil
+}
+
 // A seat is one connection's place in an account.
 type seat struct {
 	b    *budget

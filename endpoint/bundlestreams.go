@@ -62,6 +62,16 @@ func (c *session) bundleMessage(bundles *svid.Bundles, v *view) (*bundleMessage,
 	if !ready(bundles) {
 		return nil, svid.ErrNotReady
 	}
+	m, err := c.s.encodeBundles(bundles, v)
+	if err != nil {
+		return nil, err
+	}
+	c.bundles.Store(m)
+	return m, nil
+}
+
+// encodeBundles writes our bundle and those that the view's entries federate with.
+func (s *Server) encodeBundles(bundles *svid.Bundles, v *view) (*bundleMessage, error) {
 	var tds []spiffeid.TrustDomain
 	for _, e := range v.Entries {
 		tds = append(tds, e.FederatesWith...)
@@ -75,7 +85,7 @@ func (c *session) bundleMessage(bundles *svid.Bundles, v *view) (*bundleMessage,
 		if err != nil {
 			return err
 		}
-		if c.s.WIT {
+		if s.WIT {
 			wits, err := b.WITs()
 			if err != nil {
 				return err
@@ -105,6 +115,5 @@ func (c *session) bundleMessage(bundles *svid.Bundles, v *view) (*bundleMessage,
 	if m.wit, err = deterministic.Marshal(wit); err != nil {
 		return nil, fmt.Errorf("encode WIT bundles: %w", err)
 	}
-	c.bundles.Store(m)
 	return m, nil
 }

@@ -33,6 +33,8 @@ import (
 //	later:SOCKET   the same, but when its input ends
 //	sds:SOCKET     hold a stream of secrets, print the names of each response
 //	sdsexec:SOCKET the same, and execute another program once it has one
+//	pid:SOCKET     ask as a delegate for the process with its parent's number here, print the code
+//	lent:SOCKET    hold a delegate's stream, execute another program when its input ends
 //	SOCKET         hold a stream, print a line for each message
 func client() int {
 	what, socket, ok := strings.Cut(os.Getenv("ENDPOINT_TEST_CLIENT"), ":")
@@ -46,7 +48,7 @@ func client() int {
 	c, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) {
 			conn, err := net.Dial("unix", socket)
-			if err == nil && strings.HasSuffix(what, "exec") {
+			if err == nil && (strings.HasSuffix(what, "exec") || what == "lent") {
 				keepAcrossExec(conn.(*net.UnixConn))
 			}
 			return conn, err
@@ -58,6 +60,9 @@ func client() int {
 	if what == "count" {
 		fmt.Println(status.Code(count(entryv1.NewEntryClient(c))))
 		return 0
+	}
+	if what == "pid" || what == "lent" {
+		return borrow(c, what)
 	}
 	if strings.HasPrefix(what, "sds") {
 		return secretsClient(c, what)

@@ -22,6 +22,7 @@ import (
 	"os"
 	"runtime"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -33,6 +34,7 @@ import (
 	trustdomainv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/trustdomain/v1"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/health"
 	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
@@ -69,6 +71,12 @@ type Config struct {
 	Names      names       // nil: no process can be registered under a name
 	AdminGroup int         // GID whose members may administer beside root and the daemon's own user; -1: none
 
+	// For those who hand SVIDs to others: whom they act for, and keys that
+	// nobody else has.
+	Delegates []spiffeid.ID // may use the delegated socket
+	Brokering *Brokering    // nil: no Broker API
+	Lent      *svid.Keeper
+
 	SecretNames     SecretNames // zero: DefaultSecretNames
 	PlainValidation bool        // validation contexts without the SPIFFE validator, unless a node says otherwise
 
@@ -80,13 +88,17 @@ type Config struct {
 // Server serves both sockets.
 type Server struct {
 	Config
-	budget   *budget
-	workload *grpc.Server
-	admin    *grpc.Server
-	health   *health.Server
-	stopping chan struct{} // closed when open streams are to end
-	stop     func()        // closes it
-	graves   *graves
+	budget    *budget
+	workload  *grpc.Server
+	admin     *grpc.Server
+	delegated *grpc.Server
+	broker    *grpc.Server
+	health    *health.Server
+	stopping  chan struct{} // closed when open streams are to end
+	stop      func()        // closes it
+	loans     atomic.Uint64 // IDs of their holders
+	pins      atomic.Int64  // processes that are held for others
+	graves    *graves
 
 	mu       sync.Mutex // guards sessions
 	sessions map[uint64]*session
@@ -128,6 +140,7 @@ func New(c Config) *Server {
 	adminv1.RegisterAdminServer(s.admin, &admin{s: s})
 	healthv1.RegisterHealthServer(s.admin, s.health)
 	reflection.Register(s.admin)
+	s.delegated, s.broker = s.newDelegated(), s.newBroker()
 	return s
 }
 
@@ -142,7 +155,7 @@ const (
 // connection for each of ten thousand processes and a request has a hundred
 // bytes; gRPC takes write buffers from a pool by itself. Windows are static:
 // requests are too small for an estimate of the bandwidth to be worth its pings.
-func (s *Server) options(h *handshaker, more ...grpc.ServerOption) []grpc.ServerOption {
+func (s *Server) options(h credentials.TransportCredentials, more ...grpc.ServerOption) []grpc.ServerOption {
 	return append([]grpc.ServerOption{
 		grpc.Creds(h),
 		grpc.ForceServerCodecV2(newCodec()),
@@ -169,6 +182,14 @@ func (s *Server) ServeWorkload(l net.Listener) error { return serve(s.workload, 
 // until the server stops.
 func (s *Server) ServeAdmin(l net.Listener) error { return serve(s.admin, l) }
 
+// ServeDelegated serves the Delegated Identity API on a listener of package
+// peer until the server stops.
+func (s *Server) ServeDelegated(l net.Listener) error { return serve(s.delegated, l) }
+
+// ServeBroker serves the Broker API, over mutual TLS, on a listener of package
+// peer or on any other until the server stops.
+func (s *Server) ServeBroker(l net.Listener) error { return serve(s.broker, l) }
+
 func serve(g *grpc.Server, l net.Listener) error {
 	if err := g.Serve(l); err != nil && !errors.Is(err, grpc.ErrServerStopped) {
 		return fmt.Errorf("serve %s: %w", l.Addr(), err)
@@ -186,7 +207,7 @@ func (s *Server) Run(ctx context.Context) error {
 	s.health.Shutdown()
 	s.stop()
 	var done sync.WaitGroup
-	for _, g := range []*grpc.Server{s.workload, s.admin} {
+	for _, g := range []*grpc.Server{s.workload, s.admin, s.delegated, s.broker} {
 		done.Go(func() {
 			timer := time.AfterFunc(grace, g.Stop)
 			defer timer.Stop()

@@ -161,6 +161,9 @@ func start(t testing.TB, change ...func(*Config, *local.Options)) *world {
 	if c.Keeper == nil {
 		c.Keeper = svid.NewKeeper(w.authority, svid.KeeperOptions{Log: log})
 	}
+	if c.Lent == nil {
+		c.Lent = svid.NewKeeper(w.authority, svid.KeeperOptions{Log: log})
+	}
 	c.Minter, c.Federation, c.Processes = w.authority, w.authority, table
 	w.Server = New(c)
 

@@ -6,6 +6,7 @@ import (
 	"fmt"
 
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -31,6 +32,10 @@ var (
 	errInUse      = errors.New("in use")
 	errInvalid    = errors.New("invalid argument")
 	errElsewhere  = errors.New("not offered by this authority")
+	errDelegate   = errors.New("caller not configured as an authorized delegate")
+	errBroker     = errors.New("caller not configured as a broker")
+	errReference  = errors.New("invalid reference")
+	errExpired    = errors.New("the caller's X.509-SVID holds no more")
 )
 
 // A fault is one of the errors above with words of its own.
@@ -41,6 +46,10 @@ type fault struct {
 
 func (f *fault) Error() string { return f.text }
 func (f *fault) Unwrap() error { return f.kind }
+
+func badReference(format string, args ...any) error {
+	return &fault{errReference, fmt.Sprintf(format, args...)}
+}
 
 var errMalformed = invalid("malformed request")
 
@@ -56,10 +65,14 @@ var codeOf = []struct {
 }{
 	{errHeader, codes.InvalidArgument},
 	{errInvalid, codes.InvalidArgument},
+	{errReference, codes.InvalidArgument},
 	{registry.ErrInvalid, codes.InvalidArgument},
 	{errNoIdentity, codes.PermissionDenied},
 	{errTraced, codes.PermissionDenied},
 	{errForeign, codes.PermissionDenied},
+	{errDelegate, codes.PermissionDenied},
+	{errBroker, codes.PermissionDenied},
+	{errExpired, codes.Unauthenticated},
 	{errUnknown, codes.Unavailable},
 	{errStopping, codes.Unavailable},
 	{svid.ErrNotReady, codes.Unavailable},
@@ -129,6 +142,44 @@ func workloadStatus(err error) error {
 		return s.Err()
 	}
 	return status.Error(c, err.Error())
+}
+
+// delegateStatus is what a delegate is told, in SPIRE's words where it has some.
+func delegateStatus(err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, errDelegate):
+		return status.Error(code(err), errDelegate.Error())
+	}
+	return workloadStatus(err)
+}
+
+// brokerStatus is what a broker is told: of the workload that it named, the
+// reason that the standard has for it (SPIFFE Broker API §4.8).
+func brokerStatus(err error) error {
+	if err == nil {
+		return nil
+	}
+	st := status.Convert(workloadStatus(err))
+	reason := ""
+	switch c := st.Code(); {
+	case errors.Is(err, errBroker):
+		return status.Error(c, err.Error())
+	case errors.Is(err, errReference):
+		reason = "WORKLOAD_REFERENCE_INVALID"
+	case errors.Is(err, errSubject):
+		reason = "WORKLOAD_NOT_FOUND"
+	case c == codes.PermissionDenied:
+		reason = "WORKLOAD_NOT_ENTITLED"
+	default:
+		return st.Err()
+	}
+	with, detailErr := st.WithDetails(&errdetails.ErrorInfo{Domain: "spiffe.io", Reason: reason})
+	if detailErr != nil {
+		return st.Err()
+	}
+	return with.Err()
 }
 
 // adminStatus is what an administrator is told: everything.

@@ -264,19 +264,27 @@ func (s *Server) check(l *link) error {
 // when evidence is gathered anew; nil else. A bundle that changed does not count.
 func (c *session) due() any {
 	m := c.issued.Load()
-	if m == nil || !closed(m.ctx.Stale()) {
+	if m == nil || !c.s.overdue(m.ctx) {
 		return nil
-	}
-	now, _ := c.s.Authority.Bundles()
-	if now.Own != m.ctx.Bundles.Own {
-		return nil
-	}
-	for td, b := range m.ctx.Bundles.Federated {
-		if now.Federated[td] != b {
-			return nil
-		}
 	}
 	return m.ctx
+}
+
+// overdue reports whether an SVID of the snapshot wants renewal.
+func (s *Server) overdue(x *svid.X509Context) bool {
+	if !closed(x.Stale()) {
+		return false
+	}
+	now, _ := s.Authority.Bundles()
+	if now.Own != x.Bundles.Own {
+		return false
+	}
+	for td, b := range x.Bundles.Federated {
+		if now.Federated[td] != b {
+			return false
+		}
+	}
+	return true
 }
 
 func closed(c <-chan struct{}) bool {

@@ -10,7 +10,6 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
-	"google.golang.org/grpc/status"
 )
 
 // workloadDesc is the service of the Workload API, which has no package in its
@@ -111,13 +110,18 @@ func enterPinned(ctx context.Context) (*link, error) {
 	return l, nil
 }
 
-// answer turns the end of a call into a status, and logs why it was denied.
+// answer turns the end of a call into a status.
 func (s *Server) answer(l *link, method string, err error) error {
 	if err == nil {
 		return nil
 	}
-	st := workloadStatus(err)
-	switch status.Code(st) {
+	s.note(l, method, err)
+	return workloadStatus(err)
+}
+
+// note logs why a call was denied.
+func (s *Server) note(l *link, method string, err error) {
+	switch code(err) {
 	case codes.PermissionDenied, codes.ResourceExhausted:
 		s.logDenial(l, method, err)
 	case codes.Unavailable:
@@ -127,7 +131,6 @@ func (s *Server) answer(l *link, method string, err error) error {
 	case codes.Internal:
 		s.Log.Error("workload could not be served", "method", method, "pid", l.Process().PID(), "uid", l.uid, "error", err)
 	}
-	return st
 }
 
 // logDenial writes one line, rarely enough that a client that asks in a loop

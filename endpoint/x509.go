@@ -36,8 +36,9 @@ type state struct {
 	wits     []svid.WIT        // WIT streams only
 	stale    <-chan struct{}   // SVIDs or bundles
 	entries  <-chan struct{}
-	again    bool // something is unknown: ask again after a while
-	doubt    bool // the process may be entitled to more
+	subject  <-chan struct{} // what is known of somebody else, whom they are for
+	again    bool            // something is unknown: ask again after a while
+	doubt    bool            // the process may be entitled to more
 }
 
 // fetchX509SVID is one loop: identify, send, wait, and back to identify.
@@ -48,11 +49,20 @@ func (s *Server) fetchX509SVID(ctx context.Context, l *link, st grpc.ServerStrea
 // stream sends states until the client or its process leaves, or there is
 // nothing to serve any more.
 func (s *Server) stream(ctx context.Context, l *link, st grpc.ServerStream, next func(context.Context, *link, *state) (*state, error)) error {
+	return s.follow(st, func(has *state) (*state, error) { return next(ctx, l, has) }, func(has *state, again <-chan time.Time) error {
+		_, err := s.wait(ctx, l, has, again, nil)
+		return err
+	})
+}
+
+// follow is stream for whoever asks, and for whomever. wait returns when what
+// the client has may be old; an error if the stream is to end.
+func (s *Server) follow(st grpc.ServerStream, next func(has *state) (*state, error), wait func(has *state, again <-chan time.Time) error) error {
 	var has *state // what the client has
 	var clock retry
 	defer clock.stop()
 	for {
-		now, err := next(ctx, l, has)
+		now, err := next(has)
 		switch {
 		case err == nil:
 			if has == nil || !bytes.Equal(now.body, has.body) {
@@ -69,10 +79,10 @@ func (s *Server) stream(ctx context.Context, l *link, st grpc.ServerStream, next
 			// The client keeps what it has while that lives; what could not be
 			// found out is not held against it.
 			_, has.entries = s.Registry.Set()
-			has.stale, has.again = nil, true
+			has.stale, has.subject, has.again = nil, nil, true
 		}
 		clock.set(has)
-		if _, err := s.wait(ctx, l, has, clock.again, nil); err != nil {
+		if err := wait(has, clock.again); err != nil {
 			return err
 		}
 	}
@@ -122,8 +132,7 @@ func (s *Server) wait(ctx context.Context, l *link, has *state, again <-chan tim
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	case <-l.session.proc.Done():
-		l.GoAway(peer.ErrGone.Error()) // a child may hold the connection still
-		return nil, peer.ErrGone
+		return nil, l.ended().err()
 	case <-s.stopping:
 		return nil, errStopping
 	case <-stale:
@@ -133,6 +142,19 @@ func (s *Server) wait(ctx context.Context, l *link, has *state, again <-chan tim
 		return &m, m.err
 	}
 	return nil, nil
+}
+
+// An ending is when somebody is gone without whom a stream has no sense.
+type ending struct {
+	done <-chan struct{} // nil: never
+	err  func() error
+}
+
+func (l *link) ended() ending {
+	return ending{l.session.proc.Done(), func() error {
+		l.GoAway(peer.ErrGone.Error()) // a child may hold the connection still
+		return peer.ErrGone
+	}}
 }
 
 // later is an error for a client that had an identity until now: whatever the

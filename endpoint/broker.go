@@ -1,0 +1,286 @@
+package endpoint
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/exp/proto/spiffe/broker"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc"
+	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/reflection"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protoreflect"
+
+	"github.com/deputy-id/deputy/attestor"
+	"github.com/deputy-id/deputy/attestor/kubernetes"
+)
+
+// newBroker returns the server of the SPIFFE Broker API.
+func (s *Server) newBroker() *grpc.Server {
+	g := grpc.NewServer(s.options(&brokerShaker{s}, grpc.KeepaliveParams(keepalive.ServerParameters{Time: 2 * time.Minute}))...)
+	broker.RegisterAPIServer(g, &brokerAPI{s: s})
+	healthv1.RegisterHealthServer(g, s.health)
+	reflection.Register(g)
+	return g
+}
+
+// brokerAPI is the SPIFFE Broker API. Its messages have the fields of the
+// Workload API's, number by number.
+type brokerAPI struct {
+	broker.UnimplementedAPIServer
+	s *Server
+}
+
+func (a *brokerAPI) SubscribeToX509SVID(in *broker.SubscribeToX509SVIDRequest, st broker.API_SubscribeToX509SVIDServer) error {
+	ctx := st.Context()
+	return a.answer(ctx, "SubscribeToX509SVID", func(b *brokerLink) error {
+		o, err := a.lend(b, in.Reference)
+		if err != nil {
+			return err
+		}
+		defer o.close()
+		o.encode = encodeX509
+		return o.stream(ctx, st, o.x509State)
+	})
+}
+
+func (a *brokerAPI) SubscribeToX509Bundles(in *broker.SubscribeToX509BundlesRequest, st broker.API_SubscribeToX509BundlesServer) error {
+	return a.bundles("SubscribeToX509Bundles", in.Reference, st, func(m *bundleMessage) encoded { return m.x509 })
+}
+
+func (a *brokerAPI) SubscribeToJWTBundles(in *broker.SubscribeToJWTBundlesRequest, st broker.API_SubscribeToJWTBundlesServer) error {
+	return a.bundles("SubscribeToJWTBundles", in.Reference, st, func(m *bundleMessage) encoded { return m.jwt })
+}
+
+func (a *brokerAPI) bundles(method string, ref *broker.WorkloadReference, st grpc.ServerStream, pick func(*bundleMessage) encoded) error {
+	ctx := st.Context()
+	return a.answer(ctx, method, func(b *brokerLink) error {
+		o, err := a.lend(b, ref)
+		if err != nil {
+			return err
+		}
+		defer o.close()
+		return o.stream(ctx, st, func(ctx context.Context, has *state) (*state, error) { return o.bundleState(ctx, has, pick) })
+	})
+}
+
+func (a *brokerAPI) FetchJWTSVID(ctx context.Context, in *broker.FetchJWTSVIDRequest) (*broker.FetchJWTSVIDResponse, error) {
+	out := &broker.FetchJWTSVIDResponse{}
+	err := a.answer(ctx, "FetchJWTSVID", func(b *brokerLink) error {
+		if err := checkAudiences(in.Audience); err != nil {
+			return err
+		}
+		var id spiffeid.ID
+		if in.SpiffeId != "" {
+			var err error
+			if id, err = spiffeid.FromString(in.SpiffeId); err != nil {
+				return invalid("invalid SPIFFE ID: %v", err)
+			}
+		}
+		o, err := a.lend(b, in.Reference)
+		if err != nil {
+			return err
+		}
+		defer o.close()
+		tokens, err := o.tokens(ctx, id, in.Audience)
+		for _, t := range tokens {
+			out.Svids = append(out.Svids, &broker.JWTSVID{SpiffeId: t.SPIFFEID.String(), Svid: t.Compact, Hint: t.Hint})
+		}
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+// answer lets a broker in whose call carries the header against requests which
+// it was tricked into forwarding (SPIFFE Broker Endpoint §3), and turns the end
+// of the call into a status.
+func (a *brokerAPI) answer(ctx context.Context, method string, serve func(*brokerLink) error) error {
+	if v := metadata.ValueFromIncomingContext(ctx, "broker.spiffe.io"); len(v) != 1 || v[0] != "true" {
+		return brokerStatus(errBrokerHeader)
+	}
+	b := brokerOf(ctx)
+	if b == nil {
+		return brokerStatus(errForeign)
+	}
+	a.s.Log.Debug("broker calls", "method", method, "spiffe_id", b.id.String())
+	err := b.check(ctx)
+	if err == nil {
+		if err = a.s.budget.stream(b.acct); err == nil {
+			defer a.s.budget.end(b.acct)
+			err = serve(b)
+		}
+	}
+	b.note(method, err)
+	return brokerStatus(err)
+}
+
+var errBrokerHeader = &fault{errHeader, "header broker.spiffe.io: true is missing"}
+
+// lend begins to hand out what one request is about.
+func (a *brokerAPI) lend(b *brokerLink, ref *broker.WorkloadReference) (*loan, error) {
+	pid, pod, err := readReference(ref)
+	if err != nil {
+		return nil, err
+	}
+	allowed := b.client.References
+	if b.tcp {
+		allowed = b.client.OverTCP
+	}
+	refuse := func(kind string) error {
+		if b.tcp {
+			kind += " over TCP"
+		}
+		return &fault{errBroker, "caller not configured for references to " + kind}
+	}
+	var sub subject
+	switch {
+	case pod != nil && !allowed.Kubernetes:
+		return nil, refuse("Kubernetes objects")
+	case pod != nil && a.s.Brokering.Pods == nil:
+		return nil, badReference("references to Kubernetes objects are not resolved here")
+	case pod != nil:
+		sub = &podSubject{pods: a.s.Brokering.Pods, ref: *pod}
+	case !allowed.PID:
+		return nil, refuse("PIDs")
+	case b.elsewhere:
+		// It would name a process, and we find another one under the same number.
+		return nil, badReference("PIDs are those of the daemon's PID namespace, and the caller is in another")
+	default:
+		if sub, err = a.s.pin(pid, b.acct); err != nil {
+			return nil, err
+		}
+	}
+	return a.s.lend(b, sub), nil
+}
+
+const maxName = 253 // bytes of a Kubernetes object's
+
+// readReference returns the PID or the pod that a reference is to. Whatever of
+// it is not understood makes it invalid: it might say who is not meant.
+func readReference(ref *broker.WorkloadReference) (pid int32, pod *kubernetes.Reference, err error) {
+	if ref.GetReference() == nil {
+		return 0, nil, badReference("reference must be specified")
+	}
+	var one proto.Message
+	switch ref.Reference.MessageName() {
+	case typePID:
+		one = &broker.WorkloadPIDReference{}
+	case typeKubernetes:
+		one = &broker.KubernetesObjectReference{}
+	default:
+		return 0, nil, badReference("references of the type %.100q are not understood", ref.Reference.TypeUrl)
+	}
+	if err := ref.Reference.UnmarshalTo(one); err != nil {
+		return 0, nil, badReference("malformed %s", ref.Reference.MessageName())
+	}
+	if len(ref.ProtoReflect().GetUnknown()) > 0 || unknownFields(one) {
+		return 0, nil, badReference("the reference has fields that are not understood")
+	}
+	if m, ok := one.(*broker.KubernetesObjectReference); ok {
+		pod, err := readObject(m)
+		return 0, pod, err
+	}
+	if pid = one.(*broker.WorkloadPIDReference).Pid; pid <= 0 {
+		return 0, nil, badReference("PID %d is not one", pid)
+	}
+	return pid, nil, nil
+}
+
+// The types of references (SPIFFE Broker API §3.1.3).
+const (
+	typePID        = "spiffe.broker.WorkloadPIDReference"
+	typeKubernetes = "spiffe.broker.KubernetesObjectReference"
+)
+
+func unknownFields(m proto.Message) bool {
+	found := false
+	var look func(protoreflect.Message)
+	look = func(m protoreflect.Message) {
+		found = found || len(m.GetUnknown()) > 0
+		m.Range(func(f protoreflect.FieldDescriptor, v protoreflect.Value) bool {
+			if f.Message() != nil && !f.IsList() && !f.IsMap() {
+				look(v.Message())
+			}
+			return true
+		})
+	}
+	look(m.ProtoReflect())
+	return found
+}
+
+func readObject(m *broker.KubernetesObjectReference) (*kubernetes.Reference, error) {
+	plural, group := m.GetType().GetPlural(), m.GetType().GetGroup()
+	r := &kubernetes.Reference{Namespace: m.GetKey().GetNamespace(), Name: m.GetKey().GetName(), UID: m.Uid}
+	switch {
+	case plural == "" || group == "":
+		return nil, badReference("the object's type must have plural and group")
+	case plural != "pods" || group != "core":
+		return nil, badReference("objects of the type %.100q, group %.100q, are not resolved here; pods, group core, are", plural, group)
+	case m.Key == nil && m.Uid == "":
+		return nil, badReference("key or uid must be specified")
+	case m.Key != nil && r.Name == "":
+		return nil, badReference("the key has no name")
+	case m.Key != nil && r.Namespace == "":
+		return nil, badReference("the key has no namespace, which a pod is always in")
+	case len(r.Name) > maxName || len(r.Namespace) > maxName:
+		return nil, badReference("the key is longer than %d bytes", maxName)
+	case r.UID != "" && !isUID(r.UID):
+		return nil, badReference("uid is not a UUID")
+	}
+	return r, nil
+}
+
+// isUID accepts a UUID, and one without its dashes: that is what the kubelet
+// calls a static pod.
+func isUID(s string) bool {
+	if len(s) == 36 && s[8] == '-' && s[13] == '-' && s[18] == '-' && s[23] == '-' {
+		s = s[:8] + s[9:13] + s[14:18] + s[19:23] + s[24:]
+	}
+	return len(s) == 32 && strings.Trim(s, "0123456789abcdef") == ""
+}
+
+// pods finds pods of this node; kubernetes.Node does.
+type pods interface {
+	Pod(context.Context, kubernetes.Reference) (*kubernetes.Pod, error)
+}
+
+// podPoll is how long the word of the kubelet holds.
+const podPoll = 2 * time.Second
+
+// A podSubject is a pod. Once it was found it is that one: another pod of the
+// same name is somebody else.
+type podSubject struct {
+	pods pods
+	ref  kubernetes.Reference
+	pod  *kubernetes.Pod
+	ev   *attestor.Evidence
+}
+
+func (p *podSubject) attest(ctx context.Context, _ bool) (*attestor.Evidence, <-chan struct{}, error) {
+	pod, err := p.pods.Pod(ctx, p.ref)
+	switch {
+	case errors.Is(err, kubernetes.ErrNotFound):
+		return nil, nil, errSubject
+	case err != nil && ctx.Err() == nil:
+		return nil, nil, fmt.Errorf("%w: %v", errUnknown, err)
+	case err != nil:
+		return nil, nil, err
+	}
+	if pod != p.pod {
+		p.pod, p.ref.UID = pod, pod.UID
+		p.ev = &attestor.Evidence{Selectors: pod.Selectors, Gathered: time.Now()}
+	}
+	return p.ev, after(podPoll), nil
+}
+
+func (*podSubject) ended() ending { return ending{} }
+func (*podSubject) close()        {}

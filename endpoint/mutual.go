@@ -1,0 +1,288 @@
+package endpoint
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"net"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	grpcpeer "google.golang.org/grpc/peer"
+
+	"github.com/deputy-id/deputy/attestor/peer"
+)
+
+// Brokering is the Broker API's part of a Config.
+type Brokering struct {
+	// Identity is the daemon's own SVID, and the bundles that clients are
+	// verified with.
+	Identity interface {
+		x509svid.Source
+		x509bundle.Source
+	}
+	Clients []BrokerClient
+	Pods    pods // nil: references to Kubernetes objects are not resolved
+}
+
+// A BrokerClient may get the SVIDs of others.
+type BrokerClient struct {
+	ID         spiffeid.ID
+	References References // over a Unix socket
+	OverTCP    References
+}
+
+// References are the ways to name a workload.
+type References struct{ PID, Kubernetes bool }
+
+// Bounds of what brokers, and those who would be, may hold open.
+const (
+	brokerConns   = 64 // of one broker
+	strangerConns = 16 // of all that have an SVID and are not on the list
+)
+
+// brokerShaker is the transport credentials of the Broker API: TLS with
+// X.509-SVIDs on both sides (SPIFFE Broker Endpoint §3.1).
+type brokerShaker struct{ s *Server }
+
+func (h *brokerShaker) ClientHandshake(context.Context, string, net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	return nil, nil, errServerOnly
+}
+
+func (h *brokerShaker) Info() credentials.ProtocolInfo {
+	return credentials.ProtocolInfo{SecurityProtocol: "tls"}
+}
+
+func (h *brokerShaker) Clone() credentials.TransportCredentials { return h }
+
+func (h *brokerShaker) OverrideServerName(string) error { return errServerOnly }
+
+// ServerHandshake runs in a goroutine of the connection and may wait.
+func (h *brokerShaker) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	b := &brokerLink{s: h.s, over: make(chan struct{}), closed: make(chan struct{})}
+	origin := "tcp"
+	if c, ok := raw.(*peer.Conn); ok {
+		origin = uidOwner(c.Credentials().EUID)
+		theirs, err := c.Process().Namespace("pid")
+		ours, ownErr := ownNamespace("pid")
+		b.elsewhere = err != nil || ownErr != nil || theirs != ours
+	} else {
+		b.tcp = true
+	}
+	err := h.shake(raw, b, origin)
+	if err == nil {
+		go b.watch()
+		return b, b, nil
+	}
+	h.s.budget.with(origin, func(a *account) {
+		if a.denials.Allow() {
+			h.s.Log.Info("broker refused", "from", origin, "address", raw.RemoteAddr().String(), "reason", err)
+		}
+	})
+	raw.Close()
+	return nil, nil, err
+}
+
+func (h *brokerShaker) shake(raw net.Conn, b *brokerLink, origin string) (err error) {
+	h.s.budget.with(origin, func(a *account) {
+		if b.tcp {
+			// Nobody knows who is behind it: those who come to wait would be
+			// without number.
+			select {
+			case a.challenge <- struct{}{}:
+			default:
+				err = fmt.Errorf("%w: too many handshakes over TCP", errBudget)
+				return
+			}
+		} else if err = enter(context.Background(), a.challenge); err != nil {
+			return
+		}
+		defer func() { <-a.challenge }()
+		ctx, cancel := context.WithTimeout(context.Background(), challengeTime)
+		defer cancel()
+		b.Conn = tls.Server(raw, h.s.brokerTLS())
+		err = b.Conn.HandshakeContext(ctx)
+	})
+	if err != nil {
+		return err
+	}
+	cs := b.Conn.ConnectionState()
+	if cs.NegotiatedProtocol != "h2" {
+		return errors.New("client does not speak HTTP/2")
+	}
+	b.chain = cs.PeerCertificates
+	if b.id, err = x509svid.IDFromCert(b.chain[0]); err != nil {
+		return err
+	}
+	b.until = slices.MinFunc(b.chain, func(x, y *x509.Certificate) int { return x.NotAfter.Compare(y.NotAfter) }).NotAfter
+	owner, most := "broker", strangerConns
+	if i := slices.IndexFunc(h.s.Brokering.Clients, func(c BrokerClient) bool { return c.ID == b.id }); i >= 0 {
+		b.client = &h.s.Brokering.Clients[i]
+		owner, most = "broker "+b.id.String(), brokerConns
+	}
+	b.acct, b.release, err = h.s.budget.claim(owner, most)
+	return err
+}
+
+// brokerTLS verifies in VerifyConnection, and there is no resumption, which
+// would pass by it.
+func (s *Server) brokerTLS() *tls.Config {
+	return &tls.Config{
+		MinVersion:             tls.VersionTLS12,
+		NextProtos:             []string{"h2"},
+		ClientAuth:             tls.RequireAnyClientCert,
+		SessionTicketsDisabled: true,
+		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+			own, err := s.Brokering.Identity.GetX509SVID()
+			if err != nil {
+				return nil, err
+			}
+			c := &tls.Certificate{PrivateKey: own.PrivateKey, Leaf: own.Certificates[0]}
+			for _, one := range own.Certificates {
+				c.Certificate = append(c.Certificate, one.Raw)
+			}
+			return c, nil
+		},
+		VerifyConnection: func(cs tls.ConnectionState) error { return s.verifyBroker(cs.PeerCertificates) },
+	}
+}
+
+// verifyBroker checks an X.509-SVID against the bundle that there is now, of
+// our trust domain or of one that some broker on the list is of.
+func (s *Server) verifyBroker(chain []*x509.Certificate) error {
+	if len(chain) == 0 {
+		return errors.New("client has no certificate")
+	}
+	leaf := chain[0]
+	id, err := x509svid.IDFromCert(leaf)
+	switch td := id.TrustDomain(); {
+	case err != nil:
+		return err
+	case id.Path() == "":
+		return fmt.Errorf("%s is a trust domain, not a workload", id)
+	case td != s.TrustDomain && !slices.ContainsFunc(s.Brokering.Clients, func(c BrokerClient) bool { return c.ID.MemberOf(td) }):
+		return fmt.Errorf("no broker is of the trust domain %s", td)
+	case leaf.KeyUsage&x509.KeyUsageDigitalSignature == 0:
+		return errors.New("the certificate's key usage lacks digitalSignature") // X509-SVID §4.3, which go-spiffe does not check
+	case len(leaf.ExtKeyUsage)+len(leaf.UnknownExtKeyUsage) > 0 && !slices.Contains(leaf.ExtKeyUsage, x509.ExtKeyUsageClientAuth) &&
+		!slices.Contains(leaf.ExtKeyUsage, x509.ExtKeyUsageAny):
+		return errors.New("the certificate is not for clients")
+	}
+	_, _, err = x509svid.Verify(chain, s.Brokering.Identity)
+	return err
+}
+
+// A brokerLink is one connection of the Broker API, whose client has an
+// X.509-SVID. Whether that makes it a broker is found out at each call.
+type brokerLink struct {
+	*tls.Conn
+	s         *Server
+	id        spiffeid.ID
+	client    *BrokerClient // nil: not on the list
+	tcp       bool
+	elsewhere bool // its PIDs are not ours
+	chain     []*x509.Certificate
+	until     time.Time // the first of the certificates ends
+	acct      *account
+	release   func()
+	over      chan struct{} // closes when the SVID holds no more
+	closing   sync.Once
+	closed    chan struct{}
+}
+
+// AuthType makes a brokerLink the credentials.AuthInfo of its connection.
+func (b *brokerLink) AuthType() string { return "tls" }
+
+func brokerOf(ctx context.Context) *brokerLink {
+	p, ok := grpcpeer.FromContext(ctx)
+	if !ok {
+		return nil
+	}
+	b, _ := p.AuthInfo.(*brokerLink)
+	return b
+}
+
+// Close closes the connection and gives back its place.
+func (b *brokerLink) Close() error {
+	b.closing.Do(func() {
+		close(b.closed)
+		b.release()
+	})
+	return b.Conn.Close()
+}
+
+// look is how long the clock is believed to go as it should.
+const look = 15 * time.Second
+
+// parting is how long the calls of a broker whose SVID ended have to say so.
+const parting = time.Second
+
+// watch ends the connection when the client's SVID expires, or is signed by
+// nobody whom its trust domain's bundle still names: an SVID has no other way to
+// be revoked.
+func (b *brokerLink) watch() {
+	for {
+		_, stale := b.s.Authority.Bundles()
+		if err := b.s.verifyBroker(b.chain); err != nil {
+			b.s.Log.Info("broker's connection ends", "spiffe_id", b.id.String(), "reason", err)
+			close(b.over)
+			select {
+			case <-b.closed:
+			case <-time.After(parting):
+				b.Close()
+			}
+			return
+		}
+		timer := time.NewTimer(min(max(time.Until(b.until), 0)+time.Millisecond, look))
+		select {
+		case <-b.closed:
+			timer.Stop()
+			return
+		case <-stale:
+			timer.Stop()
+		case <-timer.C:
+		}
+	}
+}
+
+// check implements caller.
+func (b *brokerLink) check(context.Context) error {
+	switch {
+	case closed(b.over), time.Now().After(b.until):
+		return errExpired
+	case b.client == nil:
+		return errBroker
+	}
+	return nil
+}
+
+func (b *brokerLink) account() *account { return b.acct }
+
+func (b *brokerLink) ended() ending { return ending{b.over, func() error { return errExpired }} }
+
+// note logs why a call was denied.
+func (b *brokerLink) note(method string, err error) {
+	switch code(err) {
+	case codes.OK, codes.Canceled, codes.InvalidArgument, codes.NotFound:
+	case codes.Internal:
+		b.s.Log.Error("broker could not be served", "method", method, "spiffe_id", b.id.String(), "error", err)
+	default:
+		if !b.acct.denials.Allow() {
+			b.acct.unsaid.Add(1)
+			return
+		}
+		args := []any{"method", method, "spiffe_id", b.id.String(), "reason", err}
+		if n := b.acct.unsaid.Swap(0); n > 0 {
+			args = append(args, "unsaid", n)
+		}
+		b.s.Log.Info("broker denied", args...)
+	}
+}

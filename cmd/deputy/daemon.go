@@ -97,6 +97,11 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	d.follower = federation.NewFollower(authority, d.log)
 	d.follower.Follow(d.settings.relationships)
 	keeper := svid.NewKeeper(authority, svid.KeeperOptions{KeyType: svid.KeyType(c.Authority.WorkloadKeyType.Value), Log: d.log})
+	lent, err := newLending(c, authority, d.log)
+	opened = append(opened, lent.Close)
+	if err != nil {
+		return err
+	}
 	server := endpoint.New(endpoint.Config{
 		TrustDomain: c.TrustDomain.Value,
 		Attestors:   attestor.NewSet(d.log, d.demand, src.list...),
@@ -110,6 +115,9 @@ func (d *daemon) run(ctx context.Context) (err error) {
 		Follower:    d.follower,
 		Names:       src.names,
 		AdminGroup:  group,
+		Delegates:   lent.delegates,
+		Brokering:   lent.brokering,
+		Lent:        lent.keeper,
 		WIT:         options.WIT,
 
 		SecretNames:     secretNames(c),
@@ -133,6 +141,9 @@ func (d *daemon) run(ctx context.Context) (err error) {
 		return err
 	}
 	opened = append(opened, closing(admin))
+	if err := lent.listen(table, server); err != nil {
+		return err
+	}
 	relying, err := listenDiscovery(c, authority, d.log)
 	if err != nil {
 		return err
@@ -145,6 +156,7 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	work.Go(func() error { return server.Run(ctx) })
 	work.Go(func() error { return server.ServeWorkload(workload) })
 	work.Go(func() error { return server.ServeAdmin(admin) })
+	lent.serve(server, work)
 	work.Go(func() error { return authority.Run(ctx) })
 	work.Go(func() error { return d.store.Run(ctx) })
 	work.Go(func() error { return d.book.Run(ctx) })

@@ -138,6 +138,10 @@ func (s *settings) absent(selector string) string {
 		if s.Docker == nil {
 			return `nothing gives ` + sel.Type + ` selectors: the file has no attestor "docker"`
 		}
+	case "k8s":
+		if s.Broker == nil || s.Broker.Kubelet == nil {
+			return `nothing gives k8s selectors: the file has no kubelet block in broker`
+		}
 	case "systemd":
 		if s.Systemd == nil {
 			return `nothing gives systemd selectors: the file has no attestor "systemd"`

@@ -722,7 +722,7 @@ func TestBrokerGetsTheSVIDsOfAPod(t *testing.T) {
 	brokered(t, st, "/demo", "/ns/default/pod/demo")
 	b.kubelet.Pods(bytes.ReplaceAll(podList(t), []byte(`"tier": "test"`), []byte(`"tier": "prod"`)))
 	brokered(t, st, "/ns/default/pod/demo", "/prod")
-	b.kubelet.Pods([]byte(`{"kind":"PodList","items":[]}`))
+	b.kubelet.Pods(kubelet.Without(t, podList(t), "demo"))
 	wantEnd(t, st, codes.NotFound, "WORKLOAD_NOT_FOUND")
 }
 

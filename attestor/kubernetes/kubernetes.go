@@ -5,7 +5,10 @@
 // The kubelet is believed, like a container runtime; who listens in its place is
 // not, so its certificate is verified, nothing is followed elsewhere, and an
 // answer is bounded in size and time. What could not be found out is an error
-// and never "there is no such pod".
+// and never "there is no such pod". Nor is that said because of a list from
+// before the question, or one that leaves out what the last had: for a second
+// after its start a kubelet answers that there are no pods at all, and then
+// learns of them one by one.
 //
 // A caller owes it to ask again every few seconds for as long as it acts for a
 // pod: labels change, and a pod of the same name may be another one.
@@ -67,6 +70,8 @@ type Node struct {
 type list struct {
 	asked time.Time
 	pods  []*Pod
+	heard bool   // it has pods that the API server told the kubelet of
+	lost  []*Pod // the last list had them, and this one nothing in their place
 }
 
 // A Pod is immutable; the same pointer comes back while nothing of it that
@@ -74,6 +79,9 @@ type list struct {
 type Pod struct {
 	Namespace, Name, UID string
 	Selectors            []attestor.Selector // sorted, each once
+
+	over     bool // all of its containers have ended for good
+	fromHost bool // it is static: not from the API server
 }
 
 // A Reference names a pod by namespace and name, by UID, or by all three, which
@@ -111,15 +119,29 @@ func New(o Options) (*Node, error) {
 }
 
 // Pod returns the pod that the reference names, or ErrNotFound. A pod all of
-// whose containers have ended for good is not there any more.
+// whose containers have ended for good is not there any more. That there is none
+// is known after a second at most.
 func (n *Node) Pod(ctx context.Context, r Reference) (*Pod, error) {
-	l, err := n.pods(ctx)
-	if err != nil {
-		return nil, err
+	for start := time.Now(); ; {
+		l, err := n.pods(ctx)
+		if err != nil {
+			return nil, err
+		}
+		if p, err := l.find(r); !errors.Is(err, ErrNotFound) || !l.asked.Before(start) {
+			return p, err
+		}
+		select { // the pod may be newer than the list
+		case <-time.After(time.Until(l.asked.Add(fresh))):
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
 	}
+}
+
+func (l *list) find(r Reference) (*Pod, error) {
 	var found *Pod
 	for _, p := range l.pods {
-		if !r.names(p) {
+		if !r.names(p) || p.over {
 			continue
 		}
 		if found != nil {
@@ -127,10 +149,15 @@ func (n *Node) Pod(ctx context.Context, r Reference) (*Pod, error) {
 		}
 		found = p
 	}
-	if found == nil {
-		return nil, ErrNotFound
+	switch {
+	case found != nil:
+		return found, nil
+	case slices.ContainsFunc(l.lost, r.names):
+		return nil, errors.New("the kubelet does not list the pod any more: it may have been started again")
+	case !l.heard && !slices.ContainsFunc(l.pods, r.names):
+		return nil, errors.New("the kubelet lists no pod of the API server: it may not have heard from it yet")
 	}
-	return found, nil
+	return nil, ErrNotFound
 }
 
 func (r Reference) names(p *Pod) bool {
@@ -205,17 +232,36 @@ func (n *Node) ask(ctx context.Context) (*list, error) {
 	if l.pods, err = parse(body); err != nil {
 		return nil, err
 	}
+	l.heard = slices.ContainsFunc(l.pods, func(p *Pod) bool { return !p.fromHost })
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if n.list != nil {
-		for i, p := range l.pods {
-			if j := slices.IndexFunc(n.list.pods, p.same); j >= 0 {
-				l.pods[i] = n.list.pods[j]
-			}
-		}
+		l.follow(n.list)
 	}
 	n.list = l
 	return l, nil
+}
+
+// follow keeps of the last list what is the same, and what is lost. The second
+// list without it settles that, of those since the kubelet has heard from the
+// API server.
+func (l *list) follow(last *list) {
+	all := slices.Concat(last.pods, last.lost)
+	for i, p := range l.pods {
+		if j := slices.IndexFunc(all, p.same); j >= 0 {
+			l.pods[i] = all[j]
+		}
+	}
+	had := last.pods
+	if !l.heard || !last.heard {
+		had = all
+	}
+	for _, p := range had {
+		replaced := func(o *Pod) bool { return o.UID == p.UID || o.Namespace == p.Namespace && o.Name == p.Name }
+		if !p.over && !slices.ContainsFunc(l.pods, replaced) {
+			l.lost = append(l.lost, p)
+		}
+	}
 }
 
 func (n *Node) readToken() (string, error) {
@@ -238,5 +284,6 @@ func (n *Node) readToken() (string, error) {
 }
 
 func (p *Pod) same(o *Pod) bool {
-	return p.UID == o.UID && p.Name == o.Name && p.Namespace == o.Namespace && slices.Equal(p.Selectors, o.Selectors)
+	return p.UID == o.UID && p.Name == o.Name && p.Namespace == o.Namespace && p.over == o.over && p.fromHost == o.fromHost &&
+		slices.Equal(p.Selectors, o.Selectors)
 }

@@ -102,6 +102,7 @@ func TestReferenceIsOfOnePod(t *testing.T) {
 		"a name alone is in no place": {Reference{Name: "demo"}, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			p, err := n.Pod(t.Context(), c.Reference)
 			switch {
 			case c.want == "" && !errors.Is(err, ErrNotFound):
@@ -163,6 +164,85 @@ func TestPodsThatEndedAreNotThere(t *testing.T) {
 		b, _ := json.Marshal(list)
 		if p, err := node(t, kubelet.Start(t, b)).Pod(t.Context(), Reference{Namespace: "default", Name: "demo"}); !errors.Is(err, ErrNotFound) {
 			t.Errorf("%s: got %v, %v, want none", phase, p, err)
+		}
+	}
+}
+
+func TestPodIsNotMissedByAListFromBeforeIt(t *testing.T) {
+	k := kubelet.Start(t, kubelet.Without(t, read(t), "demo"))
+	n := node(t, k)
+	if _, err := n.Pod(t.Context(), Reference{Namespace: "default", Name: "local"}); err != nil {
+		t.Fatal(err)
+	}
+	k.Pods(read(t))
+	if p, err := n.Pod(t.Context(), Reference{Namespace: "default", Name: "demo"}); err != nil || p.Name != "demo" {
+		t.Errorf("got %v, %v, want the pod that came since", p, err)
+	}
+}
+
+// This is what a kubelet 1.34 was seen to answer after its start: nothing for a
+// second, then some of the pods, then all.
+func TestKubeletThatWasStartedAgainDeniesNobody(t *testing.T) {
+	k := kubelet.Start(t, read(t))
+	n := node(t, k)
+	demo := Reference{Namespace: "default", Name: "demo"}
+	before, err := n.Pod(t.Context(), demo)
+	if err != nil {
+		t.Fatal(err)
+	}
+	unknown := func(what string, r Reference) {
+		t.Helper()
+		if p, err := n.Pod(t.Context(), r); err == nil || errors.Is(err, ErrNotFound) {
+			t.Errorf("%s: got %v, %v, want an error that says nothing of the pod", what, p, err)
+		}
+	}
+	empty := []byte(`{"kind":"PodList","apiVersion":"v1","metadata":{},"items":null}` + "\n")
+	static := read(t)
+	for _, name := range []string{"demo", "local", "guaranteed", "nonet"} {
+		static = kubelet.Without(t, static, name)
+	}
+	for _, pods := range [][]byte{empty, empty, static, static} {
+		k.Pods(pods)
+		n.later()
+		unknown("no pod of the API server", demo)
+		unknown("no pod of the API server", Reference{Namespace: "default", Name: "other"})
+	}
+	if _, err := n.Pod(t.Context(), Reference{Namespace: "default", Name: "static-node-1"}); err != nil {
+		t.Errorf("got %v, want the static pod", err)
+	}
+	k.Pods(kubelet.Without(t, read(t), "demo"))
+	n.later()
+	unknown("some pods", demo)
+	k.Pods(read(t))
+	n.later()
+	if p, err := n.Pod(t.Context(), demo); err != nil || p.UID != before.UID {
+		t.Errorf("got %v, %v, want the pod", p, err)
+	}
+	k.Pods(kubelet.Without(t, read(t), "demo"))
+	n.later()
+	unknown("a pod that is gone, at first", demo)
+	n.later()
+	if p, err := n.Pod(t.Context(), demo); !errors.Is(err, ErrNotFound) {
+		t.Errorf("got %v, %v, want none", p, err)
+	}
+}
+
+// What took a pod's place settles at once that it is gone; so does its end.
+func TestPodThatIsReplacedIsGoneAtOnce(t *testing.T) {
+	const uid = "c3701101-cc75-46a6-b5ca-641119cf17d9"
+	for name, pods := range map[string][]byte{
+		"replaced": bytes.ReplaceAll(read(t), []byte(uid), []byte(uid[:35]+"8")),
+		"ended":    bytes.ReplaceAll(read(t), []byte(`"phase": "Running"`), []byte(`"phase": "Succeeded"`)),
+	} {
+		k := kubelet.Start(t, read(t))
+		n := node(t, k)
+		if _, err := n.Pod(t.Context(), Reference{UID: uid}); err != nil {
+			t.Fatal(err)
+		}
+		k.Pods(pods)
+		n.later()
+		if p, err := n.Pod(t.Context(), Reference{UID: uid}); !errors.Is(err, ErrNotFound) {
+			t.Errorf("%s: got %v, %v, want none", name, p, err)
 		}
 	}
 }

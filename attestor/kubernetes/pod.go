@@ -20,6 +20,7 @@ type pod struct {
 		Name      string            `json:"name"`
 		UID       string            `json:"uid"`
 		Labels    map[string]string `json:"labels"`
+		Notes     map[string]string `json:"annotations"`
 		Owners    []owner           `json:"ownerReferences"`
 	} `json:"metadata"`
 	Spec struct {
@@ -44,7 +45,10 @@ type container struct {
 	ImageID string `json:"imageID"`
 }
 
-// parse reads the kubelet's answer. Pods that have ended are left out.
+// source is the annotation by which the kubelet says where a pod is from.
+const source = "kubernetes.io/config.source"
+
+// parse reads the kubelet's answer.
 func parse(body []byte) ([]*Pod, error) {
 	var l podList
 	if err := json.Unmarshal(body, &l); err != nil {
@@ -56,14 +60,15 @@ func parse(body []byte) ([]*Pod, error) {
 	pods := make([]*Pod, 0, len(l.Items))
 	for i := range l.Items {
 		p := &l.Items[i]
-		if p.Status.Phase == "Succeeded" || p.Status.Phase == "Failed" {
-			continue
-		}
 		m := &p.Metadata
 		if m.Namespace == "" || m.Name == "" || m.UID == "" {
 			return nil, fmt.Errorf("a pod of its answer has no namespace, name or UID")
 		}
-		pods = append(pods, &Pod{Namespace: m.Namespace, Name: m.Name, UID: m.UID, Selectors: p.selectors()})
+		pods = append(pods, &Pod{
+			Namespace: m.Namespace, Name: m.Name, UID: m.UID, Selectors: p.selectors(),
+			over:     p.Status.Phase == "Succeeded" || p.Status.Phase == "Failed",
+			fromHost: m.Notes[source] == "file" || m.Notes[source] == "http",
+		})
 	}
 	return pods, nil
 }

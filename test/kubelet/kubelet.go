@@ -4,11 +4,13 @@ package kubelet
 
 import (
 	"crypto/tls"
+	"encoding/json"
 	"encoding/pem"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"testing"
 )
@@ -58,6 +60,27 @@ func (k *Kubelet) Answer(f http.HandlerFunc) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.answer = f
+}
+
+// Without returns the list without the pods of this name.
+func Without(t testing.TB, list []byte, name string) []byte {
+	t.Helper()
+	var l map[string]any
+	if err := json.Unmarshal(list, &l); err != nil {
+		t.Fatal(err)
+	}
+	items := l["items"].([]any)
+	l["items"] = slices.DeleteFunc(slices.Clone(items), func(p any) bool {
+		return p.(map[string]any)["metadata"].(map[string]any)["name"] == name
+	})
+	if len(l["items"].([]any)) == len(items) {
+		t.Fatalf("there is no pod %s", name)
+	}
+	b, err := json.Marshal(l)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
 }
 
 // Asked is how often it was asked.

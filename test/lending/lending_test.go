@@ -271,7 +271,7 @@ func TestPodsOfThePage(t *testing.T) {
 	program := broker(t)
 	b := d.broker(t, program, proxyUID, "default/demo")
 	b.says(t, "spiffe://example.org/ns/default/sa/workload")
-	k.Pods([]byte(`{"kind":"PodList","items":[]}`))
+	k.Pods(kubelet.Without(t, pods, "demo"))
 	b.ends(t, "NotFound")
 	d.broker(t, program, proxyUID, strconv.Itoa(workload(t, agentUID).Process.Pid)).ends(t, "PermissionDenied")
 }

@@ -44,8 +44,8 @@ race: build
 	GORACE=atexit_sleep_ms=0 CGO_ENABLED=1 $(GO) test -race -timeout 20m ./...
 
 peers: build
-	@echo "== stock third parties (the first builds of SPIRE and of Vault take some minutes each)"
-	cd test/peers && $(GO) vet ./... && $(GO) test -count=1 -timeout 45m ./...
+	@echo "== stock third parties (the first builds of SPIRE and Vault take some minutes each, that of Kubernetes ten and more)"
+	cd test/peers && $(GO) vet ./... && $(GO) test -count=1 -timeout 75m ./...
 
 test-clients: build ## Run clients in Python, Java and Rust (needs rustc 1.88; installs the rest)
 	@echo "== clients of other languages (the first build takes some minutes)"

@@ -29,7 +29,8 @@ broker {
   }
 
   # The kubelet of this node knows its pods. The token needs get on nodes/pods
-  # (before Kubernetes 1.33: nodes/proxy), and is read again at each request.
+  # (before Kubernetes 1.33: nodes/proxy), and is read again at each request. This
+  # is for a pod, where the cluster's CA signs the kubelets' certificates.
   kubelet {
     url        = "https://127.0.0.1:10250"
     token_file = "/var/run/secrets/kubernetes.io/serviceaccount/token"

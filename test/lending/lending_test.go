@@ -267,7 +267,7 @@ func TestPodsOfThePage(t *testing.T) {
 	}
 	k := kubelet.Start(t, pods)
 	d := start(t, blocks(t, "### Pods", "hcl")[0],
-		"https://127.0.0.1:10250", k.URL, "/etc/deputy/kubelet.token", k.TokenFile, "/etc/deputy/kubelet-ca.pem", k.CAFile)
+		"https://node-1:10250", k.URL, "/etc/deputy/kubelet.token", k.TokenFile, "/var/lib/kubelet/pki/kubelet.crt", k.CAFile)
 	program := broker(t)
 	b := d.broker(t, program, proxyUID, "default/demo")
 	b.says(t, "spiffe://example.org/ns/default/sa/workload")

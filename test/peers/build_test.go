@@ -109,6 +109,13 @@ var plugins = sync.OnceValues(func() (string, error) {
 var scratch []string
 
 func TestMain(m *testing.M) {
+	if dir := os.Getenv(cellRole); dir != "" {
+		if err := runCell(dir); err != nil {
+			fmt.Fprintln(os.Stderr, "cell:", err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
 	// Those in parallel wait more than they work.
 	flag.Parse()
 	flag.Set("test.parallel", "4")

@@ -39,7 +39,7 @@ func newFileHost(t *testing.T) *fileHost {
 	t.Cleanup(func() { os.RemoveAll(root) })
 	h := &fileHost{root: root}
 	entries := filesPage(t, "# deputy.hcl")
-	for _, id := range []string{"/agents/other", "/analysts/amy"} {
+	for _, id := range []string{"/agents/other", "/agents/Reporting", "/agents/reporting.2", "/analysts/amy"} {
 		entries += fmt.Sprintf("entry %q {\n  selectors = [\"process:exec:%s\"]\n}\n", id, filepath.Base(id))
 	}
 	h.daemon = start(t, "example.org", strings.ReplaceAll(entries, "  selectors =", "  x509_ttl = \"6s\"\n  selectors ="))
@@ -193,6 +193,9 @@ func binaryOf(t *testing.T, names ...string) string {
 	return ""
 }
 
+// otherAgents are not let in. That IDs differ in case alone makes them different.
+var otherAgents = []string{"other", "Reporting", "reporting.2"}
+
 // webServer is what the tests of nginx and HAProxy have in common.
 func (h *fileHost) webServer(t *testing.T, port int) {
 	t.Helper()
@@ -205,8 +208,10 @@ func (h *fileHost) webServer(t *testing.T, port int) {
 	if status, body, _, err := get(h.identity(t, "reporting"), host, address); status != 200 || body != reporting {
 		t.Errorf("got %d %q, %v, want 200 %q", status, body, err, reporting)
 	}
-	if status, body, _, err := get(h.identity(t, "other"), host, address); status != 403 || strings.Contains(body, "spiffe://") {
-		t.Errorf("another agent: got %d %q, %v, want 403", status, body, err)
+	for _, name := range otherAgents {
+		if status, body, _, err := get(h.identity(t, name), host, address); status != 403 || strings.Contains(body, "spiffe://") {
+			t.Errorf("agent %s: got %d %q, %v, want 403", name, status, body, err)
+		}
 	}
 	if status, _, _, err := get(h.identity(t, "reporting"), "db.example.org", address); err == nil {
 		t.Errorf("under a name that is not the server's: got %d, want an error", status)

@@ -21,7 +21,9 @@ func TestHAProxyReadsTheFiles(t *testing.T) {
 	}
 	h.watch(t, h.page(t, "# proxy.sh"), "/run/web")
 	h.agent(t, "reporting")
-	h.agent(t, "other")
+	for _, name := range otherAgents {
+		h.agent(t, name)
+	}
 	r := launch(t, filepath.Join(t.TempDir(), "haproxy.log"), haproxy, "-W", "-p", h.at("/run/haproxy.pid"), "-f", conf)
 	h.webServer(t, port)
 	if log := r.log(); strings.Contains(log, "[ALERT]") {

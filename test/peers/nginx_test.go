@@ -32,7 +32,9 @@ func TestNginxReadsTheFiles(t *testing.T) {
 			}
 			h.watch(t, script, "/run/web")
 			h.agent(t, "reporting")
-			h.agent(t, "other")
+			for _, name := range otherAgents {
+				h.agent(t, name)
+			}
 			r := launch(t, filepath.Join(t.TempDir(), "nginx.log"), nginx, "-c", conf, "-e", "stderr")
 			h.webServer(t, port)
 

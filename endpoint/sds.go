@@ -167,13 +167,18 @@ func (s *Server) secretState(ctx context.Context, l *link, name string, has *sta
 	case !passing(err):
 		return nil, err
 	}
+	// What could not be found out may have taken a while: whoever is sent a key
+	// again is still the one that had it.
+	if err := s.check(l); err != nil {
+		return nil, err
+	}
 	// The client keeps what it has while that lives, and its entry; what could
 	// not be found out is not held against it. Bundles have no keys in them, and
 	// go on.
 	now = &state{entries: entries, again: true, doubt: true, bundles: has.bundles}
 	now.svids = slices.DeleteFunc(slices.Clone(has.svids), func(x svid.X509) bool {
-		_, there := set.Entry(x.Entry.ID)
-		return !there || !time.Now().Before(x.Chain[0].NotAfter)
+		e, there := set.Entry(x.Entry.ID)
+		return !there || e.Path != x.Entry.Path || !time.Now().Before(x.Chain[0].NotAfter)
 	})
 	now.kept = now.svids
 	if has.bundles != nil {

@@ -645,6 +645,19 @@ func TestSecretsWhileEvidenceIsUnknown(t *testing.T) {
 		w.delete(e)
 		wantWithdrawn(t, s.recv("default", "ROOTCA", "spiffe://test.example")["default"])
 	})
+	t.Run("an entry that gives another ID now is as one that was deleted", func(t *testing.T) {
+		w := start(t)
+		e := w.entry("/a", nil, mine)
+		s := w.sotw("default")
+		s.recv("default")
+		w.evidence.mu.Lock()
+		w.evidence.err = errors.New("process changed while it was looked at")
+		w.evidence.mu.Unlock()
+		if _, err := w.Registry.Update(t.Context(), e.ID, func(e *registry.Entry) error { e.Path = "/b"; return nil }); err != nil {
+			t.Fatal(err)
+		}
+		wantWithdrawn(t, s.recv("default")["default"])
+	})
 }
 
 func TestTracedProcessKeepsItsSecrets(t *testing.T) {
@@ -741,6 +754,33 @@ func TestSecretIsNotSentToAProgramThatWasExecutedWhileItWasSigned(t *testing.T) 
 	}
 	w.entry("/b", nil, mine) // which the client's own stream asks for as well
 	if _, err := w.fetchSecrets(call(t), l, &discoveryv3.DiscoveryRequest{}); !errors.Is(err, peer.ErrProgramChanged) {
+		t.Errorf("got %v, want %v", err, peer.ErrProgramChanged)
+	}
+}
+
+// What it has may be sent again when nothing new can be signed: not to a program
+// that did not have it.
+func TestSecretIsNotSentAgainToAProgramThatWasExecutedWhileSigningFailed(t *testing.T) {
+	authority := &slow{before: func() {}}
+	w := start(t, func(c *Config, _ *local.Options) {
+		c.Keeper = svid.NewKeeper(authority, svid.KeeperOptions{Log: hclog.NewNullLogger()})
+	})
+	authority.Authority = w.authority
+	w.entry("/a", nil, mine)
+	p := w.run("later:" + w.socket)
+	p.says(t, "[/a]")
+	l := w.onlyLink()
+	has, err := w.secretState(call(t), l, "test", nil, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	authority.err = svid.ErrNotReady
+	authority.before = func() {
+		p.in.Close()
+		eventually(t, "the client executes another program", func() bool { return l.Check() != nil })
+	}
+	w.entry("/b", nil, mine) // which the client's own stream asks for as well
+	if _, err := w.secretState(call(t), l, "test", has, false); !errors.Is(err, peer.ErrProgramChanged) {
 		t.Errorf("got %v, want %v", err, peer.ErrProgramChanged)
 	}
 }

@@ -72,14 +72,18 @@ func TestEvidenceOfAnotherProgramIsNotUsed(t *testing.T) {
 	wantCode(t, err, codes.Unavailable)
 }
 
-// A slow authority has something happen before it signs.
+// A slow authority has something happen before it signs, or does not.
 type slow struct {
 	svid.Authority
 	before func()
+	err    error
 }
 
 func (s *slow) X509(ctx context.Context, e registry.Entry, key crypto.Signer) ([]*x509.Certificate, error) {
 	s.before()
+	if s.err != nil {
+		return nil, s.err
+	}
 	return s.Authority.X509(ctx, e, key)
 }
 

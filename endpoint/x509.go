@@ -268,7 +268,7 @@ func (v *view) unsettled(has *state, now time.Time) []svid.X509 {
 			return true
 		}
 		e, ok := v.set.Entry(x.Entry.ID)
-		if !ok || e.Revision != x.Entry.Revision || !now.Before(x.Chain[0].NotAfter) {
+		if !ok || e.Path != x.Entry.Path || e.Revision != x.Entry.Revision || !now.Before(x.Chain[0].NotAfter) {
 			return true
 		}
 		open := v.ev.Traced && !e.AllowTraced

@@ -18,6 +18,7 @@ type Limits struct {
 	OwnerConnections int
 	Streams          int // of all
 	OwnerStreams     int
+	OwnerNames       int // bytes that the names which an owner's streams ask for take
 	ConnStreams      int // open at a time on one connection; more wait at the client
 	Challenges       int // unanswered ones of a UID at a time
 	Attestations     int // of an owner at a time; more wait
@@ -41,6 +42,7 @@ func DefaultLimits(descriptors uint64, cpus int) Limits {
 		OwnerConnections: max(conns*3/4, 8),
 		Streams:          65536,
 		OwnerStreams:     32768,
+		OwnerNames:       64 << 20,
 		ConnStreams:      1024,
 		Challenges:       64,
 		Attestations:     32,
@@ -71,6 +73,7 @@ type account struct {
 	attesting chan struct{}
 	challenge chan struct{}
 	streams   atomic.Int64
+	names     atomic.Int64 // bytes
 
 	// Under budget.mu.
 	conns int // attributed to this account
@@ -258,6 +261,15 @@ func (b *budget) stream(a *account) error {
 func (b *budget) end(a *account) {
 	b.streams.Add(-1)
 	a.streams.Add(-1)
+}
+
+// remember takes so many bytes more for names; fewer than none are given back.
+func (a *account) remember(bytes int, most int) error {
+	if a.names.Add(int64(bytes)) > int64(most) && bytes > 0 {
+		a.names.Add(-int64(bytes))
+		return fmt.Errorf("%w: streams of the same origin ask for too many names", errBudget)
+	}
+	return nil
 }
 
 // enter waits for a place in a channel that counts.

@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 	"google.golang.org/grpc/codes"
@@ -52,6 +53,42 @@ func TestConnectionsOverTheBudgetAreRefusedWithTheReason(t *testing.T) {
 	if !strings.Contains(err.Error(), "over budget") {
 		t.Errorf("got %v, want the reason", err)
 	}
+}
+
+// What the names of many streams take would be much, although each asks for
+// few enough.
+func TestNamesOverTheBudgetAreRefused(t *testing.T) {
+	names := make([]string, 100)
+	for i := range names {
+		names[i] = fmt.Sprintf("spiffe://test.example/%d", i)
+	}
+	w := start(t, limits(func(l *Limits) { l.OwnerNames = 40_000 })) // two times 100 names
+	w.entry("/a", nil, mine)
+	s, d := w.sotw(names...), w.delta("default")
+	s.recv()
+	d.recv("default")
+	d.subscribe(names...)
+	d.recv()
+	over := w.delta(names...)
+	_, err := over.st.Recv()
+	wantCode(t, err, codes.ResourceExhausted)
+	over = w.deltaFrom(&discoveryv3.DeltaDiscoveryRequest{InitialResourceVersions: map[string]string{strings.Repeat("n", 10_000): "1"}})
+	_, err = over.st.Recv()
+	wantCode(t, err, codes.ResourceExhausted)
+	few := w.sotw("default") // which are still to be had
+	few.recv("default")
+
+	s.ask("default") // gives back what it does not ask for any more
+	s.recv("default")
+	again := w.delta(names...)
+	again.recv()
+	for _, st := range []interface{ CloseSend() error }{few.st, again.st, d.st, s.st} {
+		if err := st.CloseSend(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	a := w.onlyLink().seat.account()
+	eventually(t, "what the streams held is given back", func() bool { return a.names.Load() == 0 })
 }
 
 // Nobody but the log says that somebody tried to be another.

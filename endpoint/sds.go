@@ -45,13 +45,15 @@ func secretStream(name string, begin func(talker) talk) grpc.StreamDesc {
 			if err != nil {
 				return workloadStatus(err)
 			}
-			return s.answer(l, name, s.converse(st.Context(), l, st, name, begin(s.talker(l))))
+			t := begin(s.talker(l))
+			defer t.leave()
+			return s.answer(l, name, s.converse(st.Context(), l, st, name, t))
 		},
 	}
 }
 
 func (s *Server) talker(l *link) talker {
-	return talker{s: s, log: func(message string, args ...any) {
+	return talker{s: s, account: l.seat.account(), log: func(message string, args ...any) {
 		s.logRarely(l, hclog.Warn, message, append(args, "pid", l.Process().PID(), "uid", l.uid)...)
 	}}
 }
@@ -59,6 +61,7 @@ func (s *Server) talker(l *link) talker {
 // fetchSecrets answers once.
 func (s *Server) fetchSecrets(ctx context.Context, l *link, in *discoveryv3.DiscoveryRequest) (mem.BufferSlice, error) {
 	t := sotw{talker: s.talker(l)}
+	defer t.leave()
 	if _, err := t.heed(in); err != nil {
 		return nil, err
 	}

@@ -75,7 +75,7 @@ func FuzzSecretRequests(f *testing.F) {
 	}
 
 	f.Fuzz(func(t *testing.T, incremental bool, said []byte) {
-		base := talker{s: w.Server, log: func(_ string, args ...any) {
+		base := talker{s: w.Server, account: &account{}, log: func(_ string, args ...any) {
 			for _, a := range args {
 				if s, ok := a.(string); ok && (len(s) > 400 || s != legible(s)) {
 					t.Errorf("%q goes into the log", s)

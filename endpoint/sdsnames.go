@@ -7,6 +7,8 @@ import "slices"
 const (
 	maxSecretNames = 1000
 	maxSecretBytes = 32 << 10 // of all names together
+
+	nameCost = 160 // bytes that a name takes beside its own: its places in a subscription and among the marks
 )
 
 // wildcard is the name of everything (xDS protocol, "How the client specifies
@@ -25,6 +27,9 @@ func (s *subscription) has(name string) bool {
 	_, ok := slices.BinarySearch(s.names, name)
 	return ok
 }
+
+// cost is how many bytes the names take.
+func (s *subscription) cost() int { return s.bytes + nameCost*len(s.names) }
 
 func (s *subscription) wants(name string) bool { return s.all || s.has(name) }
 

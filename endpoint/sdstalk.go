@@ -30,6 +30,8 @@ type talk interface {
 	say(now *secrets, doubt bool) (mem.BufferSlice, error)
 	// returns reports whether the client has secrets from an earlier stream.
 	returns() bool
+	// leave gives back what the talk took of the budget.
+	leave()
 }
 
 // A mark is what the client has under one name.
@@ -46,6 +48,7 @@ type mark struct {
 // sent. It keeps versions and no secrets.
 type talker struct {
 	s       *Server
+	account *account
 	log     func(message string, args ...any)
 	plain   bool // the client does not have the SPIFFE validator
 	begun   bool
@@ -55,6 +58,8 @@ type talker struct {
 	refused uint64 // the last nonce whose refusal was logged
 	unfit   bool   // it was logged that all bundles are not to be had
 	back    bool   // the client brought something
+	brought int    // bytes that the names of what it brought take
+	held    int    // bytes for names that the account was charged with
 }
 
 func (t *talker) returns() bool { return t.back }
@@ -131,12 +136,23 @@ func legible(s string) string {
 
 // settle follows a change of what is wanted. What was sent under other names is
 // forgotten: the client may have forgotten it too.
-func (t *talker) settle() {
+func (t *talker) settle() error {
 	maps.DeleteFunc(t.has, func(name string, _ mark) bool { return !t.sub.wants(name) })
 	if t.plain && !t.unfit && t.sub.has(t.s.SecretNames.AllBundles) {
 		t.unfit = true
 		t.log("client without the SPIFFE validator asks for all bundles, which it does not get", "name", t.s.SecretNames.AllBundles)
 	}
+	holds := t.sub.cost() + t.brought
+	if err := t.account.remember(holds-t.held, t.s.Limits.OwnerNames); err != nil {
+		return err
+	}
+	t.held = holds
+	return nil
+}
+
+func (t *talker) leave() {
+	t.account.remember(-t.held, 0)
+	t.held = 0
 }
 
 // wanted are the names to look at: those asked for, and with a wildcard all
@@ -240,9 +256,8 @@ func (t *sotw) heed(in *discoveryv3.DiscoveryRequest) (bool, error) {
 			t.bring(name, "")
 		}
 	}
-	t.settle()
 	t.resend(grown)
-	return len(grown) > 0 || t.owed, nil
+	return len(grown) > 0 || t.owed, t.settle()
 }
 
 func (t *sotw) say(now *secrets, doubt bool) (mem.BufferSlice, error) {
@@ -338,8 +353,7 @@ func (t *delta) take(body encoded) (bool, error) {
 			return false, err
 		}
 	}
-	t.settle()
-	return ask, nil
+	return ask, t.settle()
 }
 
 // recall takes what the client has from an earlier stream.
@@ -360,6 +374,7 @@ func (t *delta) recall(versions map[string]string) error {
 		}
 		t.bring(name, version)
 	}
+	t.brought = bytes + nameCost*n
 	return nil
 }
 

@@ -592,6 +592,7 @@ func TestSecretsWhileEvidenceIsUnknown(t *testing.T) {
 		versions[user] = "older"
 		d = w.deltaFrom(&discoveryv3.DeltaDiscoveryRequest{ResourceNamesSubscribe: []string{user, container}, InitialResourceVersions: versions})
 		d.recv(user)
+		d.wantRemoved()
 		w.evidence.set(func(ev *attestor.Evidence) { ev.Selectors, ev.Unknown = []attestor.Selector{mine}, nil })
 		w.delete(e) // wakes the streams
 		wantWithdrawn(t, s.recv(user, container)[container])

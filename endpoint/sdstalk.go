@@ -396,6 +396,8 @@ func (t *delta) say(now *secrets, doubt bool) (mem.BufferSlice, error) {
 		had, known := t.has[name]
 		_, left := t.gone[name]
 		switch {
+		case r == nil && doubt && had.brought:
+			// It goes on with what it has, as far as we know.
 		case r == nil && !had.absent && (known || left || t.sub.has(name)):
 			removed = append(removed, name)
 		case r != nil && t.lacks(r):

@@ -57,12 +57,17 @@ func makeDir(dir string, mode os.FileMode, group int) error {
 	return nil
 }
 
+// createDir makes a directory and those above it, where nobody else could have
+// what follows done to something that they put in its place.
 func createDir(dir string, mode os.FileMode, group int) error {
 	if parent := filepath.Dir(dir); parent != dir {
-		if _, err := os.Stat(parent); errors.Is(err, fs.ErrNotExist) {
+		_, err := os.Stat(parent)
+		if errors.Is(err, fs.ErrNotExist) {
 			if err := createDir(parent, 0o755, -1); err != nil {
 				return err
 			}
+		} else if err := owned.Way(parent); err != nil {
+			return fmt.Errorf("make directory: %w", err)
 		}
 	}
 	// What somebody else put there meanwhile is not ours to give away: it may be

@@ -26,6 +26,10 @@ func TestDirectoryOfASocketIsNobodyElses(t *testing.T) {
 		}, false},
 		{"below a stranger's", func(top, _ string) error { return os.Chown(top, stranger, -1) }, false},
 		{"below one that everybody may write", func(top, _ string) error { return os.Chmod(top, 0o777) }, false},
+		{"behind a stranger's link", func(top, dir string) error {
+			link := filepath.Join(filepath.Dir(top), "link")
+			return firstError(os.Symlink(top, link), os.Lchown(link, stranger, -1))
+		}, false},
 		{"a link that leads nowhere yet", func(top, dir string) error { return os.Symlink(filepath.Join(top, "none"), dir) }, false},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -34,8 +38,15 @@ func TestDirectoryOfASocketIsNobodyElses(t *testing.T) {
 			if err := firstError(os.Mkdir(top, 0o755), c.change(top, dir)); err != nil {
 				t.Fatal(err)
 			}
+			if _, err := os.Lstat(filepath.Join(filepath.Dir(top), "link")); err == nil {
+				dir = filepath.Join(filepath.Dir(top), "link", "dir")
+			}
+			_, before := os.Lstat(dir)
 			if err := makeDir(dir, 0o755, -1); (err == nil) != c.want {
 				t.Errorf("got %v, want an error: %t", err, !c.want)
+			}
+			if _, after := os.Lstat(dir); !c.want && (before == nil) != (after == nil) {
+				t.Errorf("a directory was made: %v", after)
 			}
 		})
 	}

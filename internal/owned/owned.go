@@ -50,10 +50,11 @@ func RootSocket(path string) bool {
 	return err == nil && info.Mode()&fs.ModeSocket != 0 && info.Sys().(*syscall.Stat_t).Uid == 0
 }
 
-// Way returns why another user could put something else in the place of path:
-// a directory or a link on the way there is that user's, or may be written by
-// everybody who likes and is not sticky. (A directory of our own that our group
-// may write is how many distributions set a user up.)
+// Way returns why another user could put something else in the place of path,
+// or in it where it is a directory: that, a directory or a link on the way there
+// is that user's, or may be written by everybody who likes and is not sticky. (A
+// directory of our own that our group may write is how many distributions set a
+// user up.)
 func Way(path string) error { return WayOf(path, os.Geteuid()) }
 
 // WayOf is Way for what is another user's: why one who is neither root nor
@@ -63,7 +64,7 @@ func WayOf(path string, uid int) error {
 	if err != nil {
 		return err
 	}
-	for _, at := range slices.Concat(above(path), above(real)) {
+	for _, at := range slices.Concat(upFrom(path), upFrom(real)) {
 		info, err := os.Lstat(at)
 		if err != nil {
 			return err
@@ -78,17 +79,15 @@ func WayOf(path string, uid int) error {
 	return nil
 }
 
-// above lists the directories on the way to a path, nearest first; the path
-// itself only if it is a link.
-func above(path string) []string {
-	var dirs []string
-	if info, err := os.Lstat(path); err == nil && info.Mode()&fs.ModeSymlink != 0 {
-		dirs = append(dirs, path)
-	}
+// upFrom lists a path and the directories on the way to it, nearest first. The
+// path is always looked at: whoever exchanges a link for a file and back must not
+// find a moment at which neither counts.
+func upFrom(path string) []string {
+	all := []string{path}
 	for dir := filepath.Dir(path); ; dir = filepath.Dir(dir) {
-		dirs = append(dirs, dir)
+		all = append(all, dir)
 		if dir == filepath.Dir(dir) {
-			return dirs
+			return all
 		}
 	}
 }

@@ -121,6 +121,11 @@ func TestWayOfAnotherUser(t *testing.T) {
 	if err := WayOf(link, stranger); err == nil {
 		t.Error("got no error behind a link of a third user's")
 	}
+	// Who has a link there at one moment may have a file at the next.
+	must(t, os.Lchown(file, stranger+1, -1))
+	if err := WayOf(file, stranger); err == nil {
+		t.Error("got no error for a file of a third user's")
+	}
 }
 
 func TestRootSocket(t *testing.T) {

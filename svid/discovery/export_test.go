@@ -2,6 +2,6 @@ package discovery
 
 // Bounds that tests reach.
 const (
-	MaxConns = maxConns
-	ReadTime = readTime
+	MaxHostConns = maxHostConns
+	ReadTime     = readTime
 )

@@ -7,20 +7,22 @@ import (
 	"fmt"
 	"net"
 	"net/http"
-	"sync"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
+
+	"github.com/deputy-id/deputy/internal/crowd"
 )
 
 // Bounds of what clients, who may be anybody, can take.
 const (
-	maxConns   = 256
-	maxHeaders = 8 << 10
-	readTime   = 5 * time.Second // of the TLS handshake, and of each request
-	writeTime  = 10 * time.Second
-	idleTime   = 30 * time.Second
-	grace      = 3 * time.Second // for requests that are on their way when the server stops
+	maxConns     = 256
+	maxHostConns = 64 // more than a federation endpoint's, since all may come through one proxy
+	maxHeaders   = 8 << 10
+	readTime     = 5 * time.Second // of the TLS handshake, and of each request
+	writeTime    = 10 * time.Second
+	idleTime     = 30 * time.Second
+	grace        = 3 * time.Second // for requests that are on their way when the server stops
 )
 
 // A Server serves a handler over TLS.
@@ -37,7 +39,7 @@ func Listen(address string, h http.Handler, cert func(*tls.ClientHelloInfo) (*tl
 		return nil, err
 	}
 	return &Server{
-		l: &bounded{Listener: l, free: make(chan struct{}, maxConns)},
+		l: crowd.Limit(l, crowd.Bounds{All: maxConns, Host: maxHostConns}),
 		http: &http.Server{
 			Handler:           h,
 			TLSConfig:         &tls.Config{MinVersion: tls.VersionTLS12, GetCertificate: cert},
@@ -81,31 +83,4 @@ func (s *Server) Run(ctx context.Context) error {
 	}
 	<-stopped
 	return nil
-}
-
-// bounded accepts a connection when there is room for it.
-type bounded struct {
-	net.Listener
-	free chan struct{} // holds one for each connection
-}
-
-func (b *bounded) Accept() (net.Conn, error) {
-	b.free <- struct{}{}
-	c, err := b.Listener.Accept()
-	if err != nil {
-		<-b.free
-		return nil, err
-	}
-	return &counted{Conn: c, free: b.free}, nil
-}
-
-type counted struct {
-	net.Conn
-	free chan struct{}
-	once sync.Once
-}
-
-func (c *counted) Close() error {
-	c.once.Do(func() { <-c.free })
-	return c.Conn.Close()
 }

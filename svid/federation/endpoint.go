@@ -7,13 +7,12 @@ import (
 	"fmt"
 	"net"
 	"net/http"
-	"net/netip"
-	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
 
+	"github.com/deputy-id/deputy/internal/crowd"
 	"github.com/deputy-id/deputy/svid"
 )
 
@@ -21,7 +20,7 @@ import (
 // can reach it (§5.2.1.3), with a few kilobytes that are the same for all.
 const (
 	maxConns     = 256
-	maxHostConns = 32 // of one address, behind which there may be many
+	maxHostConns = 32
 	headerTime   = 5 * time.Second
 	answerTime   = 10 * time.Second
 	idleTime     = 5 * time.Second
@@ -130,82 +129,10 @@ func (e *Endpoint) Serve(ctx context.Context, l net.Listener) error {
 			s.Close()
 		}
 	})
-	err := s.ServeTLS(&limited{Listener: l, hosts: make(map[netip.Addr]int)}, "", "")
+	err := s.ServeTLS(crowd.Limit(l, crowd.Bounds{All: maxConns, Host: maxHostConns}), "", "")
 	if !stop() {
 		<-stopped
 		return ctx.Err()
 	}
 	return fmt.Errorf("serve %s: %w", l.Addr(), err)
-}
-
-// limited closes connections beyond the bounds as soon as they come: whoever
-// holds many must not make others wait.
-type limited struct {
-	net.Listener
-
-	mu    sync.Mutex // guards what follows
-	all   int
-	hosts map[netip.Addr]int
-}
-
-func (l *limited) Accept() (net.Conn, error) {
-	for {
-		c, err := l.Listener.Accept()
-		if err != nil {
-			return nil, err
-		}
-		host := address(c)
-		if !l.take(host) {
-			c.Close()
-			continue
-		}
-		return &counted{Conn: c, free: sync.OnceFunc(func() { l.free(host) })}, nil
-	}
-}
-
-func (l *limited) take(host netip.Addr) bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.all >= maxConns || l.hosts[host] >= maxHostConns {
-		return false
-	}
-	l.all++
-	l.hosts[host]++
-	return true
-}
-
-func (l *limited) free(host netip.Addr) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.all--
-	if l.hosts[host]--; l.hosts[host] == 0 {
-		delete(l.hosts, host)
-	}
-}
-
-// address is the peer's, or its network's: of IPv6 a host has a whole /64.
-func address(c net.Conn) netip.Addr {
-	at, ok := c.RemoteAddr().(*net.TCPAddr)
-	if !ok {
-		return netip.Addr{}
-	}
-	a := at.AddrPort().Addr().Unmap().WithZone("")
-	if a.Is6() {
-		p, err := a.Prefix(64)
-		if err == nil {
-			return p.Addr()
-		}
-	}
-	return a
-}
-
-// counted gives its place back when it is closed.
-type counted struct {
-	net.Conn
-	free func()
-}
-
-func (c *counted) Close() error {
-	c.free()
-	return c.Conn.Close()
 }

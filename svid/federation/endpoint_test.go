@@ -258,26 +258,3 @@ func TestEndpointSaysThatItCannotServe(t *testing.T) {
 		t.Errorf("got %v, want the listener's error", err)
 	}
 }
-
-func TestAddressIsANetwork(t *testing.T) {
-	for _, c := range []struct{ addr, want string }{
-		{"192.0.2.7:1", "192.0.2.7"},
-		{"[::ffff:192.0.2.7]:1", "192.0.2.7"},
-		{"[2001:db8:1:2:3:4:5:6]:1", "2001:db8:1:2::"},
-	} {
-		at, err := net.ResolveTCPAddr("tcp", c.addr)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if got := address(peerAt{addr: at}).String(); got != c.want {
-			t.Errorf("%s: got %s, want %s", c.addr, got, c.want)
-		}
-	}
-}
-
-type peerAt struct {
-	net.Conn
-	addr net.Addr
-}
-
-func (p peerAt) RemoteAddr() net.Addr { return p.addr }

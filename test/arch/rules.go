@@ -41,6 +41,7 @@ var may = map[string][]string{
 
 	"attestor/kubernetes": {"attestor"},
 
+	"internal/crowd":        {},
 	"internal/durable":      {},
 	"internal/keypair":      {},
 	"internal/owned":        {},

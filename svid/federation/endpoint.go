@@ -23,7 +23,6 @@ const (
 	maxHostConns = 32
 	headerTime   = 5 * time.Second
 	answerTime   = 10 * time.Second
-	idleTime     = 5 * time.Second
 	maxRequest   = 8 << 10 // bytes of headers
 	grace        = 3 * time.Second
 )
@@ -98,13 +97,12 @@ func (e *Endpoint) body() ([]byte, error) {
 // Serve serves on a TCP listener until the context ends, and closes it.
 func (e *Endpoint) Serve(ctx context.Context, l net.Listener) error {
 	var protocols http.Protocols
-	protocols.SetHTTP1(true) // one short answer a connection needs no more
+	protocols.SetHTTP1(true)
 	s := &http.Server{
 		Handler:           e,
 		ReadHeaderTimeout: headerTime, // which bounds the handshake, too
 		ReadTimeout:       answerTime,
 		WriteTimeout:      answerTime,
-		IdleTimeout:       idleTime,
 		MaxHeaderBytes:    maxRequest,
 		Protocols:         &protocols,
 		ErrorLog:          e.log.StandardLogger(&hclog.StandardLoggerOptions{ForceLevel: hclog.Debug}),
@@ -120,6 +118,8 @@ func (e *Endpoint) Serve(ctx context.Context, l net.Listener) error {
 			},
 		},
 	}
+	// One short answer a connection: who could ask again on it could keep it.
+	s.SetKeepAlivesEnabled(false)
 	stopped := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		defer close(stopped)

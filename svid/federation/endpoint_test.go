@@ -222,6 +222,30 @@ func TestEndpointBoundsItsClients(t *testing.T) {
 	}
 }
 
+// Who asks on and on needs a connection each time, as everybody does.
+func TestEndpointAnswersOnceAConnection(t *testing.T) {
+	web := newCA(t)
+	address := serving(t, newMemory(bundle(t, ours, 1, 0, newCA(t))), web.server(t, "localhost"))
+	roots := x509.NewCertPool()
+	roots.AddCert(web.cert)
+	conn, err := tls.Dial("tcp", address, &tls.Config{RootCAs: roots, ServerName: "localhost"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(headerTime))
+	io.WriteString(conn, strings.Repeat("GET / HTTP/1.1\r\nHost: x\r\n\r\n", 2))
+	from := bufio.NewReader(conn)
+	resp, err := http.ReadResponse(from, nil)
+	if err != nil || resp.StatusCode != http.StatusOK {
+		t.Fatalf("got %v, %v", resp, err)
+	}
+	io.Copy(io.Discard, resp.Body)
+	if _, err := http.ReadResponse(from, nil); err == nil || isTimeout(err) {
+		t.Errorf("a second answer on one connection: got %v, want it closed", err)
+	}
+}
+
 func isTimeout(err error) bool {
 	var n net.Error
 	return errors.As(err, &n) && n.Timeout()

@@ -22,6 +22,7 @@ import (
 // the authority's Bundles.
 type bundleStore interface {
 	SetFederated(*svid.Bundle) error
+	UpdateFederated(td spiffeid.TrustDomain, next func(had *svid.Bundle) (*svid.Bundle, error)) error
 	DeleteFederated(spiffeid.TrustDomain) error
 }
 
@@ -126,7 +127,7 @@ func (a *bundles) BatchSetFederatedBundle(_ context.Context, in *bundlev1.BatchS
 	out := &bundlev1.BatchSetFederatedBundleResponse{}
 	for _, one := range in.Bundle {
 		r := &bundlev1.BatchSetFederatedBundleResponse_Result{}
-		b, err := a.change(one, func(_, b *svid.Bundle) (*svid.Bundle, error) { return b, nil })
+		b, err := a.change(one, nil)
 		if err == nil {
 			r.Bundle, err = spireBundle(b, in.OutputMask)
 		}
@@ -187,7 +188,7 @@ func updated(had, b *svid.Bundle, mask *types.BundleMask) *svid.Bundle {
 }
 
 // change stores what edit makes of the bundle that is there, nil if none is,
-// and the one in the request.
+// and the one in the request, or that one as it is.
 func (a *bundles) change(in *types.Bundle, edit func(had, b *svid.Bundle) (*svid.Bundle, error)) (*svid.Bundle, error) {
 	if a.s.Federation == nil {
 		return nil, errElsewhere
@@ -202,14 +203,19 @@ func (a *bundles) change(in *types.Bundle, edit func(had, b *svid.Bundle) (*svid
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	now, err := a.all()
+	if edit == nil {
+		err = a.s.Federation.SetFederated(b)
+	} else {
+		var refused error
+		err = a.s.Federation.UpdateFederated(td, func(had *svid.Bundle) (*svid.Bundle, error) {
+			b, refused = edit(had, b)
+			return b, refused
+		})
+		if refused != nil {
+			return nil, refused // in the words of SPIRE's API alone
+		}
+	}
 	if err != nil {
-		return nil, err
-	}
-	if b, err = edit(now.Federated[td], b); err != nil {
-		return nil, err
-	}
-	if err := a.s.Federation.SetFederated(b); err != nil {
 		return nil, err
 	}
 	a.s.Log.Info("federated bundle set", "trust_domain", td.Name())

@@ -26,7 +26,9 @@ import (
 // them; local.Authority is what does.
 type store interface {
 	Bundles() (*svid.Bundles, <-chan struct{})
-	SetFederated(*svid.Bundle) error
+	// UpdateFederated puts what next makes of the bundle there is in its place.
+	// Nobody else changes it meanwhile, be it an operator who revokes.
+	UpdateFederated(td spiffeid.TrustDomain, next func(had *svid.Bundle) (*svid.Bundle, error)) error
 }
 
 // A Follower keeps the bundles of other trust domains fresh. It is safe for
@@ -229,11 +231,22 @@ func (f *Follower) bootstrap(t *track) {
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if all, _ := f.store.Bundles(); all.Federated[t.TrustDomain] != nil || f.tracks[t.TrustDomain] != t {
+	if f.tracks[t.TrustDomain] != t {
 		return
 	}
-	if err := f.store.SetFederated(t.Bootstrap); err != nil {
+	first := false
+	err := f.store.UpdateFederated(t.TrustDomain, func(had *svid.Bundle) (*svid.Bundle, error) {
+		if had != nil {
+			return had, nil
+		}
+		first = true
+		return t.Bootstrap, nil
+	})
+	switch {
+	case err != nil:
 		f.log.Error("bootstrap bundle is not stored", "trust_domain", t.TrustDomain.Name(), "error", err)
+		return
+	case !first:
 		return
 	}
 	f.log.Info("bootstrap bundle in force", "trust_domain", t.TrustDomain.Name(), "sequence", t.Bootstrap.Sequence)
@@ -274,21 +287,35 @@ func (f *Follower) take(ctx context.Context, t *track, b *svid.Bundle) (changed 
 		return false, ErrNotFollowed
 	}
 	all, _ := f.store.Bundles()
-	had := all.Federated[t.TrustDomain]
 	log := f.log.With("trust_domain", t.TrustDomain.Name(), "url", t.URL, "sequence", b.Sequence)
-	switch {
-	case holdsOurs(b, all.Own):
+	if holdsOurs(b, all.Own) {
 		return false, ErrOurs
-	case had == nil:
-	case b.Sequence != 0 && b.Sequence < had.Sequence:
-		return false, fmt.Errorf("%w: its sequence is %d, after %d", ErrOlder, b.Sequence, had.Sequence)
-	case had.Equal(b):
-		return false, nil
-	case b.Sequence != 0 && b.Sequence == had.Sequence && !sameAuthorities(had, b):
-		log.Warn("bundle changed under the same sequence number")
 	}
-	if err := f.store.SetFederated(b); err != nil {
+	var before *svid.Bundle
+	var refused error
+	err = f.store.UpdateFederated(t.TrustDomain, func(had *svid.Bundle) (*svid.Bundle, error) {
+		before = had
+		switch {
+		case had == nil:
+		case b.Sequence != 0 && b.Sequence < had.Sequence:
+			refused = fmt.Errorf("%w: its sequence is %d, after %d", ErrOlder, b.Sequence, had.Sequence)
+			return had, nil
+		case had.Equal(b):
+			return had, nil
+		}
+		changed = true
+		return b, nil
+	})
+	switch {
+	case refused != nil:
+		return false, refused
+	case err != nil:
 		return false, fmt.Errorf("store bundle: %w", err)
+	case !changed:
+		return false, nil
+	}
+	if before != nil && b.Sequence != 0 && b.Sequence == before.Sequence && !sameAuthorities(before, b) {
+		log.Warn("bundle changed under the same sequence number")
 	}
 	if sharesRoot(b, all.Own) {
 		log.Warn("bundle shares an X.509 authority with ours: whoever holds its key can speak for both trust domains")
@@ -297,7 +324,7 @@ func (f *Follower) take(ctx context.Context, t *track, b *svid.Bundle) (changed 
 		log.Warn("bundle is empty: its trust domain has revoked all of its keys")
 		return true, nil
 	}
-	log.Info("bundle followed", "x509_authorities", len(b.X509Authorities), "jwt_authorities", len(b.JWTAuthorities), "gone", gone(had, b))
+	log.Info("bundle followed", "x509_authorities", len(b.X509Authorities), "jwt_authorities", len(b.JWTAuthorities), "gone", gone(before, b))
 	return true, nil
 }
 

@@ -204,6 +204,32 @@ func TestWhatIsTaken(t *testing.T) {
 	}
 }
 
+// What an operator sets while a bundle is on its way is what that is held
+// against.
+func TestAnOperatorIsNotOvertaken(t *testing.T) {
+	had := bundle(t, theirs, 7, time.Minute, newCA(t))
+	revoked := &svid.Bundle{TrustDomain: theirs, Sequence: 100}
+	m := newMemory(bundle(t, ours, 1, 0, newCA(t)), had)
+	f := NewFollower(m, (&record{}).log())
+	f.Follow([]Relationship{{TrustDomain: theirs}})
+	m.first = func() { m.SetFederated(revoked) }
+	if changed, err := f.take(t.Context(), f.tracks[theirs], without(had, 8)); changed || !errors.Is(err, ErrOlder) {
+		t.Errorf("got %t, %v, want %v", changed, err, ErrOlder)
+	}
+	if got := m.of(theirs); got != revoked {
+		t.Errorf("got sequence %d in force, want what the operator set", got.Sequence)
+	}
+
+	m = newMemory(bundle(t, ours, 1, 0, newCA(t)))
+	f = NewFollower(m, (&record{}).log())
+	f.Follow([]Relationship{{TrustDomain: theirs, Bootstrap: had}})
+	m.first = func() { m.SetFederated(revoked) }
+	f.bootstrap(f.tracks[theirs])
+	if got := m.of(theirs); got != revoked {
+		t.Errorf("got sequence %d in force, want what the operator set before the bootstrap bundle", got.Sequence)
+	}
+}
+
 func TestABundleThatIsNotStoredIsNotInForce(t *testing.T) {
 	inScene(t, nil, func(t *testing.T, s *scene) {
 		s.store.fails = errors.New("disk full")

@@ -129,6 +129,7 @@ type memory struct {
 	value *watch.Value[*svid.Bundles]
 	mu    sync.Mutex
 	fails error
+	first func() // what comes before the next update, which waits for it
 	sets  int
 }
 
@@ -143,16 +144,29 @@ func newMemory(own *svid.Bundle, others ...*svid.Bundle) *memory {
 func (m *memory) Bundles() (*svid.Bundles, <-chan struct{}) { return m.value.Load() }
 
 func (m *memory) SetFederated(b *svid.Bundle) error {
+	return m.UpdateFederated(b.TrustDomain, func(*svid.Bundle) (*svid.Bundle, error) { return b, nil })
+}
+
+func (m *memory) UpdateFederated(td spiffeid.TrustDomain, next func(*svid.Bundle) (*svid.Bundle, error)) error {
+	if first := m.first; first != nil {
+		m.first = nil
+		first()
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	all, _ := m.value.Load()
+	had := all.Federated[td]
+	b, err := next(had)
+	if err != nil || b == had {
+		return err
+	}
 	if m.fails != nil {
 		return m.fails
 	}
 	m.sets++
-	all, _ := m.value.Load()
-	next := maps.Clone(all.Federated)
-	next[b.TrustDomain] = b
-	m.value.Store(&svid.Bundles{Own: all.Own, Federated: next})
+	federated := maps.Clone(all.Federated)
+	federated[td] = b
+	m.value.Store(&svid.Bundles{Own: all.Own, Federated: federated})
 	return nil
 }
 

@@ -24,15 +24,28 @@ type federatedJSON struct {
 // SetFederated stores and publishes the bundle of another trust domain in the
 // place of the one there is.
 func (a *Authority) SetFederated(b *svid.Bundle) error {
-	if b.TrustDomain == a.o.TrustDomain {
-		return fmt.Errorf("set bundle of %s: %w", b.TrustDomain, ErrOwnTrustDomain)
+	return a.UpdateFederated(b.TrustDomain, func(*svid.Bundle) (*svid.Bundle, error) { return b, nil })
+}
+
+// UpdateFederated is SetFederated of what next makes of the bundle that there
+// is, nil if there is none. Nobody changes that one meanwhile, so next must
+// neither block nor ask for a change itself. Its error changes nothing and is
+// returned; so does the bundle that it was given.
+func (a *Authority) UpdateFederated(td spiffeid.TrustDomain, next func(had *svid.Bundle) (*svid.Bundle, error)) error {
+	if td == a.o.TrustDomain {
+		return fmt.Errorf("set bundle of %s: %w", td, ErrOwnTrustDomain)
 	}
-	err := a.changeFederated(func(m map[spiffeid.TrustDomain]*svid.Bundle) error {
-		m[b.TrustDomain] = b
-		return nil
+	err := a.changeFederated(func(m map[spiffeid.TrustDomain]*svid.Bundle) (bool, error) {
+		had := m[td]
+		b, err := next(had)
+		if err != nil || b == had {
+			return false, err
+		}
+		m[td] = b
+		return true, nil
 	})
 	if err != nil {
-		return fmt.Errorf("set bundle of %s: %w", b.TrustDomain, err)
+		return fmt.Errorf("set bundle of %s: %w", td, err)
 	}
 	return nil
 }
@@ -40,12 +53,12 @@ func (a *Authority) SetFederated(b *svid.Bundle) error {
 // DeleteFederated forgets the bundle of another trust domain; ErrNotFederated
 // says that there is none.
 func (a *Authority) DeleteFederated(td spiffeid.TrustDomain) error {
-	err := a.changeFederated(func(m map[spiffeid.TrustDomain]*svid.Bundle) error {
+	err := a.changeFederated(func(m map[spiffeid.TrustDomain]*svid.Bundle) (bool, error) {
 		if _, ok := m[td]; !ok {
-			return ErrNotFederated
+			return false, ErrNotFederated
 		}
 		delete(m, td)
-		return nil
+		return true, nil
 	})
 	if err != nil {
 		return fmt.Errorf("delete bundle of %s: %w", td, err)
@@ -53,13 +66,13 @@ func (a *Authority) DeleteFederated(td spiffeid.TrustDomain) error {
 	return nil
 }
 
-// changeFederated publishes a change once it is stored.
-func (a *Authority) changeFederated(change func(map[spiffeid.TrustDomain]*svid.Bundle) error) error {
+// changeFederated publishes a change, if there is one, once it is stored.
+func (a *Authority) changeFederated(change func(map[spiffeid.TrustDomain]*svid.Bundle) (bool, error)) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	published, _ := a.published.Load()
 	next := maps.Clone(published.Federated)
-	if err := change(next); err != nil {
+	if changed, err := change(next); err != nil || !changed {
 		return err
 	}
 	data, err := encodeFederated(next, a.o.TrustDomain)

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -635,6 +636,51 @@ func FuzzDecodeState(f *testing.F) {
 		}
 		s.next(time.Now())
 	})
+}
+
+// Who changes a bundle knows the one that is changed.
+func TestFederatedBundlesAreUpdatedOneAfterTheOther(t *testing.T) {
+	a := open(t, Options{DataDir: t.TempDir()})
+	other := spiffeid.RequireTrustDomainFromString("b.example")
+	const n = 16
+	var all sync.WaitGroup
+	for range n {
+		all.Go(func() {
+			err := a.UpdateFederated(other, func(had *svid.Bundle) (*svid.Bundle, error) {
+				next := &svid.Bundle{TrustDomain: other, Sequence: 1}
+				if had != nil {
+					next.Sequence = had.Sequence + 1
+				}
+				return next, nil
+			})
+			if err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	all.Wait()
+	bundles, stale := a.Bundles()
+	had := bundles.Federated[other]
+	if had.Sequence != n {
+		t.Errorf("got %d updates in force, want %d", had.Sequence, n)
+	}
+	refused := errors.New("refused")
+	for _, next := range []func(*svid.Bundle) (*svid.Bundle, error){
+		func(had *svid.Bundle) (*svid.Bundle, error) { return had, nil },
+		func(*svid.Bundle) (*svid.Bundle, error) { return nil, refused },
+	} {
+		if err := a.UpdateFederated(other, next); err != nil && !errors.Is(err, refused) {
+			t.Error(err)
+		}
+	}
+	select {
+	case <-stale:
+		t.Error("something was published although nothing changed")
+	default:
+	}
+	if err := a.UpdateFederated(td, nil); !errors.Is(err, ErrOwnTrustDomain) {
+		t.Errorf("got %v, want ErrOwnTrustDomain", err)
+	}
 }
 
 func FuzzDecodeFederated(f *testing.F) {

@@ -305,7 +305,7 @@ func TestSpireServerHealthcheck(t *testing.T) {
 
 func TestSpireServerCommandsOfOtherServicesSaySo(t *testing.T) {
 	d := start(t, "peers.example", "")
-	for _, c := range [][2]string{{"agent", "list"}, {"agent", "count"}, {"federation", "list"}, {"token", "generate"}} {
+	for _, c := range [][2]string{{"agent", "list"}, {"agent", "count"}, {"token", "generate"}} {
 		contains(t, d.cliFails(t, c[0], c[1]), "Unimplemented")
 	}
 }

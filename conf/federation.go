@@ -179,7 +179,7 @@ func (l *loader) endpointURL(a *hclsyntax.Attribute, to *Setting[string]) {
 	}
 	u, err := url.Parse(s.Value)
 	switch {
-	case err != nil || u.Hostname() == "" || u.Opaque != "":
+	case err != nil || u.Hostname() == "" || u.Opaque != "" || !portExists(u):
 		l.problems.Add(s.Range, "%s %q is not a URL such as \"https://other.example:8443/\"", a.Name, s.Value)
 	case u.Scheme != "https":
 		l.problems.Add(s.Range, "%s begins with %s://, not https://", a.Name, u.Scheme)

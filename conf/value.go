@@ -5,6 +5,7 @@ import (
 	"net/url"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -106,11 +107,20 @@ func (l *loader) issuer(a *hclsyntax.Attribute, to *Setting[string]) {
 	}
 	// OpenID Connect Discovery 1.0 §3: no query and no fragment.
 	u, err := url.Parse(s.Value)
-	if err != nil || u.Scheme != "https" && u.Scheme != "http" || u.Host == "" || u.User != nil || strings.ContainsAny(s.Value, "?#") {
+	if err != nil || u.Scheme != "https" && u.Scheme != "http" || u.Host == "" || !portExists(u) || u.User != nil || strings.ContainsAny(s.Value, "?#") {
 		l.problems.Add(s.Range, "jwt_issuer %q is not a URL such as \"https://issuer.example.org\"", s.Value)
 		return
 	}
 	*to = s
+}
+
+// portExists reports whether there is such a port, or none is named.
+func portExists(u *url.URL) bool {
+	if u.Port() == "" {
+		return true
+	}
+	n, err := strconv.ParseUint(u.Port(), 10, 16)
+	return err == nil && n != 0
 }
 
 // choice reads one of a few strings.

@@ -51,4 +51,8 @@ federation {
   }
   federates_with "Bad_Name!" {}
   federates_with {}
+  federates_with "i.example" {
+    bundle_endpoint_url = "https://i.example:84430/"
+    profile "https_web" {}
+  }
 }

@@ -1,0 +1,1 @@
+authority "local" { jwt_issuer = "https://issuer.example.org:84440" }

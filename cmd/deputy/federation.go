@@ -38,6 +38,10 @@ func (s *settings) readFederation() (problems conf.Problems) {
 			EndpointID:  w.EndpointID.Value,
 			Roots:       w.CAFile.Value,
 		}
+		if err := r.CheckRoots(); err != nil {
+			problems.Add(w.CAFile.Range, "ca_file: %s", err)
+			continue
+		}
 		if path := w.BootstrapBundle; path.Value != "" {
 			b, err := readBootstrap(r, path.Value)
 			if err != nil {

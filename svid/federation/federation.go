@@ -83,6 +83,15 @@ func (r Relationship) Profile() string {
 	return "https_spiffe"
 }
 
+// where is the URL as logs have it: without its query, which may be a secret.
+func (r Relationship) where() string {
+	u, err := url.Parse(r.URL)
+	if err != nil {
+		return ""
+	}
+	return (&url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path, RawPath: u.RawPath}).String()
+}
+
 func (r Relationship) same(o Relationship) bool {
 	return r.TrustDomain == o.TrustDomain && r.URL == o.URL && r.EndpointID == o.EndpointID && r.Roots == o.Roots &&
 		r.Bootstrap.Equal(o.Bootstrap)

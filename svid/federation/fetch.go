@@ -17,6 +17,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
+	"github.com/deputy-id/deputy/internal/owned"
 	"github.com/deputy-id/deputy/svid"
 )
 
@@ -64,6 +65,7 @@ func (d dial) fetch(ctx context.Context, r Relationship, all *svid.Bundles) (*fe
 		if err := checkURL(req.URL); err != nil {
 			return fmt.Errorf("redirect: %w", err)
 		}
+		req.Header.Del("Referer") // the configured URL, with what may be secret in its query
 		switch req.Response.StatusCode {
 		case http.StatusMovedPermanently, http.StatusPermanentRedirect:
 			f.moved = true
@@ -143,13 +145,34 @@ func (r Relationship) tls(all *svid.Bundles) (*tls.Config, error) {
 	return c, nil
 }
 
-// readRoots reads the CAs that may vouch for an endpoint of https_web.
+// CheckRoots returns why the file of CAs could not be used, nil if it could or
+// there is none.
+func (r Relationship) CheckRoots() error {
+	if r.Roots == "" {
+		return nil
+	}
+	_, err := readRoots(r.Roots)
+	return err
+}
+
+// readRoots reads the CAs that may vouch for an endpoint of https_web. Whoever
+// may write the file can be that endpoint.
 func readRoots(path string) (*x509.CertPool, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, fmt.Errorf("read CAs: %w", err)
 	}
 	defer f.Close()
+	info, err := f.Stat()
+	if err == nil {
+		err = owned.File(path)
+	}
+	switch {
+	case err != nil:
+		return nil, fmt.Errorf("read CAs: %w", err)
+	case info.Mode().Perm()&0o022 != 0:
+		return nil, fmt.Errorf("read CAs: %s may be written by others (mode %04o)", path, info.Mode().Perm())
+	}
 	data, err := io.ReadAll(io.LimitReader(f, maxBody+1))
 	if err != nil {
 		return nil, fmt.Errorf("read CAs: %w", err)

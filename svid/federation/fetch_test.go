@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"os"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -149,6 +150,63 @@ func TestFetchFromTheWeb(t *testing.T) {
 				}
 			})
 		})
+	}
+}
+
+// What is in the configured URL is for its host alone.
+func TestARedirectTellsNobodyTheURL(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		web := newCA(t)
+		n := newNetwork()
+		n.serve(t, "theirs.example", web.server(t, "theirs.example"), func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Location", "https://mirror.example/")
+			w.WriteHeader(http.StatusFound)
+		})
+		var told http.Header
+		n.serve(t, "mirror.example", web.server(t, "mirror.example"), func(w http.ResponseWriter, r *http.Request) {
+			told = r.Header
+			w.Write([]byte(`{"keys":[]}`))
+		})
+		r := Relationship{TrustDomain: theirs, URL: "https://theirs.example/?token=secret", Roots: web.file(t)}
+		if _, err := dial(n.dial).fetch(t.Context(), r, nil); err != nil {
+			t.Fatal(err)
+		}
+		if text := fmt.Sprint(told); told == nil || strings.Contains(text, "secret") {
+			t.Errorf("the mirror is told %s", text)
+		}
+	})
+}
+
+// Who may write the file of CAs can be the endpoint.
+func TestRootsAreNoStrangers(t *testing.T) {
+	web := newCA(t)
+	for _, c := range []struct {
+		name, want string // "": it is taken
+		change     func(path string) error
+	}{
+		{"readable by all", "", func(path string) error { return os.Chmod(path, 0o644) }},
+		{"writable by the group", "may be written by others", func(path string) error { return os.Chmod(path, 0o664) }},
+		{"writable by all", "may be written by others", func(path string) error { return os.Chmod(path, 0o646) }},
+		{"a stranger's", "belongs to UID", func(path string) error { return os.Chown(path, 61002, -1) }},
+		{"no PEM", "holds no certificates", func(path string) error { return os.WriteFile(path, []byte("x"), 0o600) }},
+		{"gone", "no such file", os.Remove},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			path := web.file(t)
+			if err := c.change(path); err != nil {
+				if os.Getuid() != 0 && os.Getenv("CI") == "" {
+					t.Skip("SKIPPED: files of other users take root to make")
+				}
+				t.Fatal(err)
+			}
+			err := Relationship{TrustDomain: theirs, Roots: path}.CheckRoots()
+			if (c.want == "") != (err == nil) || err != nil && !strings.Contains(err.Error(), c.want) {
+				t.Errorf("got %v, want an error with %q", err, c.want)
+			}
+		})
+	}
+	if err := (Relationship{TrustDomain: theirs}).CheckRoots(); err != nil {
+		t.Errorf("the system's CAs: %v", err)
 	}
 }
 

@@ -257,7 +257,7 @@ func (f *Follower) poll(ctx context.Context, t *track, all *svid.Bundles) (chang
 	got, err := f.dial.fetch(ctx, t.Relationship, all)
 	if err == nil {
 		if got.moved {
-			f.log.Warn("bundle endpoint says that it has moved for good; the configured URL stays in use", "trust_domain", t.TrustDomain.Name(), "url", t.URL)
+			f.log.Warn("bundle endpoint says that it has moved for good; the configured URL stays in use", "trust_domain", t.TrustDomain.Name(), "url", t.where())
 		}
 		changed, err = f.take(ctx, t, got.bundle)
 	}
@@ -287,7 +287,7 @@ func (f *Follower) take(ctx context.Context, t *track, b *svid.Bundle) (changed 
 		return false, ErrNotFollowed
 	}
 	all, _ := f.store.Bundles()
-	log := f.log.With("trust_domain", t.TrustDomain.Name(), "url", t.URL, "sequence", b.Sequence)
+	log := f.log.With("trust_domain", t.TrustDomain.Name(), "url", t.where(), "sequence", b.Sequence)
 	if holdsOurs(b, all.Own) {
 		return false, ErrOurs
 	}
@@ -342,7 +342,7 @@ func (f *Follower) note(t *track, changed bool, err error) time.Duration {
 	if changed {
 		wait = max(wait, pause)
 	}
-	log := f.log.With("trust_domain", t.TrustDomain.Name(), "url", t.URL)
+	log := f.log.With("trust_domain", t.TrustDomain.Name(), "url", t.where())
 	now := time.Now()
 	if t.since.IsZero() {
 		t.since = now

@@ -281,6 +281,7 @@ func TestAfterAFailure(t *testing.T) {
 func TestUrgencyGrows(t *testing.T) {
 	inScene(t, nil, func(t *testing.T, s *scene) {
 		s.set(fixed(t, bundle(t, theirs, 4, time.Minute, s.server)))
+		s.r.URL += "?token=secret"
 		s.Follow([]Relationship{s.r})
 		time.Sleep(time.Second)
 		s.set(failing)
@@ -303,6 +304,9 @@ func TestUrgencyGrows(t *testing.T) {
 		time.Sleep(1000 * time.Minute)
 		if n := lines("[ERROR]"); n < 7 || n > 9 {
 			t.Errorf("got %d errors in a thousand turns, want one at each doubling", n)
+		}
+		if strings.Contains(s.log.String(), "secret") {
+			t.Errorf("the log has the query of the URL:\n%s", s.log)
 		}
 		s.set(fixed(t, bundle(t, theirs, 5, time.Minute, s.server)))
 		time.Sleep(time.Minute)

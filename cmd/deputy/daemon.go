@@ -148,9 +148,15 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
+	if relying != nil {
+		opened = append(opened, relying.Close)
+	}
 	bundles, err := listenBundle(c, authority, d.log)
 	if err != nil {
 		return err
+	}
+	if bundles != nil {
+		opened = append(opened, bundles.Close)
 	}
 	work, ctx := errgroup.WithContext(ctx)
 	work.Go(func() error { return server.Run(ctx) })
@@ -164,11 +170,9 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	work.Go(func() error { return d.follow(ctx, d.reloads) })
 	work.Go(func() error { return d.follower.Run(ctx) })
 	if bundles != nil {
-		opened = append(opened, bundles.Close)
 		work.Go(func() error { return bundles.run(ctx) })
 	}
 	if relying != nil {
-		opened = append(opened, relying.Close)
 		work.Go(func() error { return relying.Run(ctx) })
 	}
 

@@ -14,6 +14,7 @@ import (
 	"github.com/deputy-id/deputy/attestor/peer"
 	"github.com/deputy-id/deputy/conf"
 	"github.com/deputy-id/deputy/endpoint"
+	"github.com/deputy-id/deputy/internal/crowd"
 	"github.com/deputy-id/deputy/svid"
 	"github.com/deputy-id/deputy/svid/local"
 	"github.com/deputy-id/deputy/svid/registry"
@@ -31,6 +32,10 @@ type lending struct {
 	brokers   []net.Listener
 	opened    []func() error
 }
+
+// tcpBrokers bounds the connections over TCP, whose descriptors whoever knocks
+// would take otherwise. All brokers may be on one host: this one.
+const tcpBrokers = 256
 
 // newLending returns what the configuration asks for. The caller closes it,
 // also after an error.
@@ -104,7 +109,7 @@ func (l *lending) listen(table *peer.Table, server *endpoint.Server) (err error)
 			return fmt.Errorf("listen for brokers: %w", err)
 		}
 		l.opened = append(l.opened, closing(s))
-		l.brokers = append(l.brokers, s)
+		l.brokers = append(l.brokers, crowd.Limit(s, crowd.Bounds{All: tcpBrokers, Host: tcpBrokers}))
 	}
 	l.log.Info("brokers are served", "socket", b.Socket.Value, "address", b.Address.Value, "clients", len(b.Clients))
 	return nil

@@ -104,12 +104,14 @@ func (l *loader) federatesWith(b *hclsyntax.Block) (w FederatesWith, ok bool) {
 		return w, false
 	}
 	w.Range = b.DefRange()
-	if w.TrustDomain, ok = l.trustDomain(Setting[string]{b.Labels[0], b.LabelRanges[0]}); !ok || !l.once(b) {
+	// What is in a block under a bad name is looked at all the same: every mistake is reported.
+	w.TrustDomain, ok = l.trustDomain(Setting[string]{b.Labels[0], b.LabelRanges[0]})
+	if ok && !l.once(b) {
 		return w, false
 	}
-	if w.TrustDomain.Value == l.c.TrustDomain.Value {
+	if ok && w.TrustDomain.Value == l.c.TrustDomain.Value {
 		l.problems.Add(b.LabelRanges[0], "%s is our own trust domain", w.TrustDomain.Value.Name())
-		return w, false
+		ok = false
 	}
 	var profiles []*hclsyntax.Block
 	l.body(b.Body, b.Type, keys{
@@ -125,7 +127,7 @@ func (l *loader) federatesWith(b *hclsyntax.Block) (w FederatesWith, ok bool) {
 		l.body(p.Body, `profile "https_web" of federates_with`, keys{
 			"ca_file": func(a *hclsyntax.Attribute) { l.path(a, &w.CAFile) },
 		}, nil)
-		return w, true
+		return w, ok
 	}
 	l.body(p.Body, `profile "https_spiffe" of federates_with`, keys{
 		"endpoint_spiffe_id": func(a *hclsyntax.Attribute) { l.spiffeID(a, &w.EndpointID) },
@@ -133,11 +135,11 @@ func (l *loader) federatesWith(b *hclsyntax.Block) (w FederatesWith, ok bool) {
 	}, nil)
 	l.want(p, "endpoint_spiffe_id")
 	id := w.EndpointID
-	if at := p.Body.Attributes["bootstrap_bundle"]; at != nil && !id.Value.IsZero() && !id.Value.MemberOf(w.TrustDomain.Value) {
+	if at := p.Body.Attributes["bootstrap_bundle"]; at != nil && ok && !id.Value.IsZero() && !id.Value.MemberOf(w.TrustDomain.Value) {
 		// SPIFFE Federation §5.2.2.2: that is the business of the other relationship.
 		l.problems.Add(at.NameRange, "a bootstrap_bundle of %s cannot verify an endpoint of %s, whose own bundle does", w.TrustDomain.Value.Name(), id.Value.TrustDomain().Name())
 	}
-	return w, true
+	return w, ok
 }
 
 // profile returns the one profile that a block has, with its name.

@@ -34,9 +34,10 @@ status 3. With --output json each update is one line, with the private keys.
 With --write DIR it keeps the files of fetch --write in a directory, for programs
 that know only files. It is the deputy command that is attested, not the program
 that reads: start it as a unit of its own, or by deputy exec --name. All files are
-replaced at once: each is a link to DIR/..data/NAME, and ..data is switched. DIR, which nobody else may write to, is made if it is missing; what
-else is in it stays. Keys have mode 0600, with --group 0640 and that group. When
-the identity ends (status 3) the files stay; their certificates expire.
+replaced at once: each is a link to DIR/..data/NAME, and ..data is switched. DIR,
+which nobody else may write to, is made if it is missing; what else is in it stays.
+Keys have mode 0600, with --group 0640 and that group. When the identity ends
+(status 3) the files stay; their certificates expire.
 
 After each change of the files, --signal sends SIGHUP, or the signal that is named
 behind a colon, to a process: by its PID, and then the command ends with that

@@ -62,9 +62,10 @@ with its exit status, 128+n if signal n ended it. Failures of deputy itself are
 
 With --name, which root alone may use, the daemon registers the command before
 it starts: the process has the selectors process:exec:N and process:leader:true
-for as long as it lives. --user drops to another user before the command starts,
-and --entry makes an entry for the name that ends with the process. A deputy exec
-that is killed takes the command with it.`,
+for as long as both live. A daemon that was restarted does not know the name: start
+the command again, or give what is to stay a systemd unit. --user drops to another
+user before the command starts, and --entry makes an entry for the name that ends
+with the process. A deputy exec that is killed takes the command with it.`,
 		Example: `  deputy exec -- python3 agent.py
   sudo deputy exec --name researcher --user alice --entry /agent/researcher -- python3 agent.py`,
 		Args: cobra.MinimumNArgs(1),

@@ -23,7 +23,7 @@ import (
 
 // newBroker returns the server of the SPIFFE Broker API.
 func (s *Server) newBroker() *grpc.Server {
-	g := grpc.NewServer(s.options(&brokerShaker{s}, grpc.KeepaliveParams(keepalive.ServerParameters{Time: 2 * time.Minute}))...)
+	g := grpc.NewServer(s.options(&brokerShaker{s, owner}, grpc.KeepaliveParams(keepalive.ServerParameters{Time: 2 * time.Minute}))...)
 	broker.RegisterAPIServer(g, &brokerAPI{s: s})
 	healthv1.RegisterHealthServer(g, s.health)
 	reflection.Register(g)

@@ -781,6 +781,69 @@ func TestConnectionsOfBrokersAreBounded(t *testing.T) {
 		codes.PermissionDenied, "WORKLOAD_NOT_ENTITLED") // another broker is not in their way
 }
 
+// What root of a container takes must not be missing to root of the host.
+func TestBrokersConnectionCountsForWhereItComesFrom(t *testing.T) {
+	b := startBrokering(t)
+	path := filepath.Join(t.TempDir(), "broker.sock")
+	l, err := peer.Listen(path, b.Processes, peer.Options{Mode: 0o600, Group: -1, Admit: b.Admit})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	h := &brokerShaker{b.Server, func(*peer.Process) string { return "container" }}
+	account := func(name string) (conns, users int) {
+		b.budget.mu.Lock()
+		defer b.budget.mu.Unlock()
+		if a := b.budget.accounts[name]; a != nil {
+			return a.conns, a.users
+		}
+		return 0, 0
+	}
+	user := uidOwner(uint32(os.Geteuid()))
+	before, _ := account(user)
+	shake := func(id *x509svid.SVID) error {
+		config := tlsconfig.MTLSClientConfig(id, b.Brokering.Identity, tlsconfig.AuthorizeID(registry.NodeID(domain)))
+		config.NextProtos = []string{"h2"}
+		done := make(chan error, 1)
+		go func() {
+			raw, err := l.Accept()
+			if err == nil {
+				var c net.Conn
+				if c, _, err = h.ServerHandshake(raw); err == nil {
+					conns, _ := account("container")
+					if now, _ := account(user); now != before || conns != 1 {
+						t.Errorf("the user has %d connections more and the container %d, want 0 and 1", now-before, conns)
+					}
+					c.Close()
+				}
+			}
+			done <- err
+		}()
+		raw, err := net.Dial("unix", path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := tls.Client(raw, config)
+		defer c.Close()
+		c.Handshake() // the other side says how it went
+		return <-done
+	}
+	if err := shake(b.svid(runtimeID, time.Hour)); err != nil {
+		t.Fatal(err)
+	}
+	if err := shake(selfSigned(t, runtimeID.String(), nil)); err == nil {
+		t.Error("a self-signed certificate was taken")
+	}
+	for _, name := range []string{"container", user} {
+		if conns, _ := account(name); name == user && conns != before || name != user && conns != 0 {
+			t.Errorf("%s has %d connections", name, conns)
+		}
+	}
+	if _, users := account("container"); users != 0 {
+		t.Errorf("the container's account is used %d times", users)
+	}
+}
+
 // Clients that say nothing hold neither the others nor their places.
 func TestSilentClientsAreDropped(t *testing.T) {
 	t.Parallel()

@@ -149,17 +149,16 @@ func (b *budget) admit(uid uint32) (release func(), err error) {
 	}), nil
 }
 
-// with lends the account of an owner to f.
-func (b *budget) with(owner string, f func(*account)) {
+// hold lends the account of an owner until it is given back.
+func (b *budget) hold(owner string) (a *account, leave func()) {
 	b.mu.Lock()
-	a := b.use(owner)
-	b.mu.Unlock()
-	defer func() {
+	defer b.mu.Unlock()
+	a = b.use(owner)
+	return a, func() {
 		b.mu.Lock()
 		defer b.mu.Unlock()
 		b.giveBack(a)
-	}()
-	f(a)
+	}
 }
 
 // claim takes a connection of an owner that has no UID.

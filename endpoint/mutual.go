@@ -51,7 +51,10 @@ const (
 
 // brokerShaker is the transport credentials of the Broker API: TLS with
 // X.509-SVIDs on both sides (SPIFFE Broker Endpoint §3.1).
-type brokerShaker struct{ s *Server }
+type brokerShaker struct {
+	s     *Server
+	place func(*peer.Process) string // owner, but for tests
+}
 
 func (h *brokerShaker) ClientHandshake(context.Context, string, net.Conn) (net.Conn, credentials.AuthInfo, error) {
 	return nil, nil, errServerOnly
@@ -68,50 +71,43 @@ func (h *brokerShaker) OverrideServerName(string) error { return errServerOnly }
 // ServerHandshake runs in a goroutine of the connection and may wait.
 func (h *brokerShaker) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
 	b := &brokerLink{s: h.s, over: make(chan struct{}), closed: make(chan struct{})}
-	origin := "tcp"
-	if c, ok := raw.(*peer.Conn); ok {
-		origin = uidOwner(c.Credentials().EUID)
-		theirs, err := c.Process().Namespace("pid")
-		ours, ownErr := ownNamespace("pid")
-		b.elsewhere = err != nil || ownErr != nil || theirs != ours
-	} else {
-		b.tcp = true
+	from, err := h.seat(raw, b)
+	if err == nil {
+		err = h.shake(raw, b, from)
 	}
-	err := h.shake(raw, b, origin)
 	if err == nil {
 		go b.watch()
 		return b, b, nil
 	}
-	h.s.budget.with(origin, func(a *account) {
-		if a.denials.Allow() {
-			h.s.Log.Info("broker refused", "from", origin, "address", raw.RemoteAddr().String(), "reason", err)
-		}
-	})
+	if from.denials.Allow() {
+		h.s.Log.Info("broker refused", "from", from.name, "address", raw.RemoteAddr().String(), "reason", err)
+	}
+	b.leave()
 	raw.Close()
 	return nil, nil, err
 }
 
-func (h *brokerShaker) shake(raw net.Conn, b *brokerLink, origin string) (err error) {
-	h.s.budget.with(origin, func(a *account) {
-		if b.tcp {
-			// Nobody knows who is behind it: those who come to wait would be
-			// without number.
-			select {
-			case a.challenge <- struct{}{}:
-			default:
-				err = fmt.Errorf("%w: too many handshakes over TCP", errBudget)
-				return
-			}
-		} else if err = enter(context.Background(), a.challenge); err != nil {
-			return
-		}
-		defer func() { <-a.challenge }()
-		ctx, cancel := context.WithTimeout(context.Background(), challengeTime)
-		defer cancel()
-		b.Conn = tls.Server(raw, h.s.brokerTLS())
-		err = b.Conn.HandshakeContext(ctx)
-	})
-	if err != nil {
+// seat finds out whose a connection is before anybody has shown an SVID. On a
+// Unix socket it counts for the container, unit or user that it comes from, as
+// on the others: a container's root must not use up what the host's has.
+func (h *brokerShaker) seat(raw net.Conn, b *brokerLink) (from *account, err error) {
+	c, ok := raw.(*peer.Conn)
+	if !ok {
+		b.tcp = true
+		from, b.leave = h.s.budget.hold("tcp")
+		return from, nil
+	}
+	theirs, err := c.Process().Namespace("pid")
+	ours, ownErr := ownNamespace("pid")
+	b.elsewhere = err != nil || ownErr != nil || theirs != ours
+	seat := h.s.budget.seat(c.Credentials().EUID)
+	b.leave = seat.leave
+	err = seat.move(h.place(c.Process()))
+	return seat.account(), err
+}
+
+func (h *brokerShaker) shake(raw net.Conn, b *brokerLink, from *account) error {
+	if err := h.handshake(raw, b, from); err != nil {
 		return err
 	}
 	cs := b.Conn.ConnectionState()
@@ -119,6 +115,7 @@ func (h *brokerShaker) shake(raw net.Conn, b *brokerLink, origin string) (err er
 		return errors.New("client does not speak HTTP/2")
 	}
 	b.chain = cs.PeerCertificates
+	var err error
 	if b.id, err = x509svid.IDFromCert(b.chain[0]); err != nil {
 		return err
 	}
@@ -130,6 +127,25 @@ func (h *brokerShaker) shake(raw net.Conn, b *brokerLink, origin string) (err er
 	}
 	b.acct, b.release, err = h.s.budget.claim(owner, most)
 	return err
+}
+
+func (h *brokerShaker) handshake(raw net.Conn, b *brokerLink, from *account) error {
+	if b.tcp {
+		// Nobody knows who is behind it: those who come to wait would be
+		// without number.
+		select {
+		case from.challenge <- struct{}{}:
+		default:
+			return fmt.Errorf("%w: too many handshakes over TCP", errBudget)
+		}
+	} else if err := enter(context.Background(), from.challenge); err != nil {
+		return err
+	}
+	defer func() { <-from.challenge }()
+	ctx, cancel := context.WithTimeout(context.Background(), challengeTime)
+	defer cancel()
+	b.Conn = tls.Server(raw, h.s.brokerTLS())
+	return b.Conn.HandshakeContext(ctx)
 }
 
 // brokerTLS verifies in VerifyConnection, and there is no resumption, which
@@ -191,8 +207,9 @@ type brokerLink struct {
 	elsewhere bool // its PIDs are not ours
 	chain     []*x509.Certificate
 	until     time.Time // the first of the certificates ends
-	acct      *account
+	acct      *account // of the broker
 	release   func()
+	leave     func() // gives back what its connection took of where it comes from
 	over      chan struct{} // closes when the SVID holds no more
 	closing   sync.Once
 	closed    chan struct{}
@@ -215,6 +232,7 @@ func (b *brokerLink) Close() error {
 	b.closing.Do(func() {
 		close(b.closed)
 		b.release()
+		b.leave()
 	})
 	return b.Conn.Close()
 }

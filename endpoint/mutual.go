@@ -207,9 +207,9 @@ type brokerLink struct {
 	elsewhere bool // its PIDs are not ours
 	chain     []*x509.Certificate
 	until     time.Time // the first of the certificates ends
-	acct      *account // of the broker
+	acct      *account  // of the broker
 	release   func()
-	leave     func() // gives back what its connection took of where it comes from
+	leave     func()        // gives back what its connection took of where it comes from
 	over      chan struct{} // closes when the SVID holds no more
 	closing   sync.Once
 	closed    chan struct{}

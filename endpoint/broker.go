@@ -23,7 +23,8 @@ import (
 
 // newBroker returns the server of the SPIFFE Broker API.
 func (s *Server) newBroker() *grpc.Server {
-	g := grpc.NewServer(s.options(&brokerShaker{s, owner}, grpc.KeepaliveParams(keepalive.ServerParameters{Time: 2 * time.Minute}))...)
+	g := grpc.NewServer(s.options(&brokerShaker{s, owner}, grpc.KeepaliveParams(keepalive.ServerParameters{Time: 2 * time.Minute}),
+		grpc.ChainStreamInterceptor(s.admitBrokerStream), grpc.ChainUnaryInterceptor(s.admitBrokerCall))...)
 	broker.RegisterAPIServer(g, &brokerAPI{s: s})
 	healthv1.RegisterHealthServer(g, s.health)
 	reflection.Register(g)
@@ -100,25 +101,51 @@ func (a *brokerAPI) FetchJWTSVID(ctx context.Context, in *broker.FetchJWTSVIDReq
 	return out, nil
 }
 
-// answer lets a broker in whose call carries the header against requests which
-// it was tricked into forwarding (SPIFFE Broker Endpoint §3), and turns the end
-// of the call into a status.
-func (a *brokerAPI) answer(ctx context.Context, method string, serve func(*brokerLink) error) error {
+// admitBroker lets a broker in, to whatever is served here, whose call carries
+// the header against requests which it was tricked into forwarding (SPIFFE
+// Broker Endpoint §3). Without an error the call ends with done.
+func (s *Server) admitBroker(ctx context.Context, method string) (done func(), err error) {
 	if v := metadata.ValueFromIncomingContext(ctx, "broker.spiffe.io"); len(v) != 1 || v[0] != "true" {
-		return brokerStatus(errBrokerHeader)
+		return nil, brokerStatus(errBrokerHeader)
 	}
 	b := brokerOf(ctx)
 	if b == nil {
-		return brokerStatus(errForeign)
+		return nil, brokerStatus(errForeign)
 	}
-	a.s.Log.Debug("broker calls", "method", method, "spiffe_id", b.id.String())
-	err := b.check(ctx)
+	s.Log.Debug("broker calls", "method", method, "spiffe_id", b.id.String())
+	err = b.check(ctx)
 	if err == nil {
-		if err = a.s.budget.stream(b.acct); err == nil {
-			defer a.s.budget.end(b.acct)
-			err = serve(b)
-		}
+		err = s.budget.stream(b.acct)
 	}
+	if err != nil {
+		b.note(method, err)
+		return nil, brokerStatus(err)
+	}
+	return func() { s.budget.end(b.acct) }, nil
+}
+
+func (s *Server) admitBrokerStream(srv any, st grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+	done, err := s.admitBroker(st.Context(), info.FullMethod)
+	if err != nil {
+		return err
+	}
+	defer done()
+	return handler(srv, st)
+}
+
+func (s *Server) admitBrokerCall(ctx context.Context, in any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+	done, err := s.admitBroker(ctx, info.FullMethod)
+	if err != nil {
+		return nil, err
+	}
+	defer done()
+	return handler(ctx, in)
+}
+
+// answer turns the end of a broker's call into a status.
+func (a *brokerAPI) answer(ctx context.Context, method string, serve func(*brokerLink) error) error {
+	b := brokerOf(ctx)
+	err := serve(b)
 	b.note(method, err)
 	return brokerStatus(err)
 }
@@ -182,7 +209,7 @@ func readReference(ref *broker.WorkloadReference) (pid int32, pod *kubernetes.Re
 	if err := ref.Reference.UnmarshalTo(one); err != nil {
 		return 0, nil, badReference("malformed %s", ref.Reference.MessageName())
 	}
-	if len(ref.ProtoReflect().GetUnknown()) > 0 || unknownFields(one) {
+	if unknownFields(ref) || unknownFields(one) {
 		return 0, nil, badReference("the reference has fields that are not understood")
 	}
 	if m, ok := one.(*broker.KubernetesObjectReference); ok {

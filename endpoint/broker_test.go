@@ -32,6 +32,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
+	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protowire"
@@ -59,7 +60,8 @@ type brokers struct {
 	cast         *cast
 	kubelet      *kubelet.Kubelet
 	unix, tcp    string
-	api, overTCP broker.APIClient // of a broker on the list
+	conn         *grpc.ClientConn // of a broker on the list, as the next two
+	api, overTCP broker.APIClient
 }
 
 // startBrokering serves the Broker API on both kinds of listeners.
@@ -106,7 +108,8 @@ func startBrokering(t testing.TB, change ...func(*Config, *local.Options)) *brok
 	go w.ServeBroker(l)
 	go w.ServeBroker(tcp)
 	runtime := b.svid(runtimeID, time.Hour)
-	b.api, b.overTCP = b.connect("unix://"+b.unix, runtime), b.connect(b.tcp, runtime)
+	b.conn = b.dial("unix://"+b.unix, runtime)
+	b.api, b.overTCP = broker.NewAPIClient(b.conn), b.connect(b.tcp, runtime)
 	return b
 }
 
@@ -138,17 +141,27 @@ func newKey(t testing.TB) *ecdsa.PrivateKey {
 // connect is a client that wants to speak to the daemon itself.
 func (b *brokers) connect(target string, id *x509svid.SVID) broker.APIClient {
 	b.t.Helper()
-	return b.connectTLS(target, tlsconfig.MTLSClientConfig(id, b.Brokering.Identity, tlsconfig.AuthorizeID(registry.NodeID(domain))))
+	return broker.NewAPIClient(b.dial(target, id))
+}
+
+func (b *brokers) dial(target string, id *x509svid.SVID) *grpc.ClientConn {
+	b.t.Helper()
+	return b.dialTLS(target, tlsconfig.MTLSClientConfig(id, b.Brokering.Identity, tlsconfig.AuthorizeID(registry.NodeID(domain))))
 }
 
 func (b *brokers) connectTLS(target string, c *tls.Config) broker.APIClient {
+	b.t.Helper()
+	return broker.NewAPIClient(b.dialTLS(target, c))
+}
+
+func (b *brokers) dialTLS(target string, c *tls.Config) *grpc.ClientConn {
 	b.t.Helper()
 	conn, err := grpc.NewClient(target, grpc.WithTransportCredentials(credentials.NewTLS(c)))
 	if err != nil {
 		b.t.Fatal(err)
 	}
 	b.t.Cleanup(func() { conn.Close() })
-	return broker.NewAPIClient(conn)
+	return conn
 }
 
 func brokerCall(t testing.TB) context.Context {
@@ -377,6 +390,8 @@ func TestReferencesThatNameNobody(t *testing.T) {
 	}
 	const pidURL, invalid = "type.googleapis.com/spiffe.broker.WorkloadPIDReference", "WORKLOAD_REFERENCE_INVALID"
 	field := protowire.AppendVarint(protowire.AppendTag(nil, 9, protowire.VarintType), 1)
+	beside := toPID(t, 1<<30)
+	beside.Reference.ProtoReflect().SetUnknown(field)
 	for name, c := range map[string]struct {
 		ref    *broker.WorkloadReference
 		code   codes.Code
@@ -389,6 +404,7 @@ func TestReferencesThatNameNobody(t *testing.T) {
 		"known, no reference":    {refer(t, wrapperspb.Int32(4)), codes.InvalidArgument, invalid},
 		"a reference in another": {refer(t, toPID(t, os.Getppid())), codes.InvalidArgument, invalid},
 		"malformed":              {raw(pidURL, []byte{0xff}), codes.InvalidArgument, invalid},
+		"field beside":           {beside, codes.InvalidArgument, invalid},
 		"another field":          {raw(pidURL, append([]byte{8, 1}, field...)), codes.InvalidArgument, invalid},
 		"PID 0":                  {toPID(t, 0), codes.InvalidArgument, invalid},
 		"negative PID":           {toPID(t, -1), codes.InvalidArgument, invalid},
@@ -480,8 +496,30 @@ func TestHeaderAgainstForwardedCalls(t *testing.T) {
 			ctx = metadata.AppendToOutgoingContext(ctx, pairs...)
 			_, err := b.api.FetchJWTSVID(ctx, &broker.FetchJWTSVIDRequest{Reference: toPID(t, 1), Audience: []string{"x"}})
 			wantReason(t, err, codes.InvalidArgument, "")
+			_, err = healthv1.NewHealthClient(b.conn).Check(ctx, &healthv1.HealthCheckRequest{})
+			wantReason(t, err, codes.InvalidArgument, "") // SPIFFE Broker Endpoint §3: every request
 		})
 	}
+}
+
+// Health and reflection are for brokers, too, and take their share.
+func TestWhoIsNoBrokerWatchesNothing(t *testing.T) {
+	b := startBrokering(t)
+	watch := func(conn *grpc.ClientConn) (*healthv1.HealthCheckResponse, error) {
+		st, err := healthv1.NewHealthClient(conn).Watch(brokerCall(t), &healthv1.HealthCheckRequest{})
+		if err != nil {
+			return nil, err
+		}
+		return st.Recv()
+	}
+	if r, err := watch(b.conn); err != nil || r.Status != healthv1.HealthCheckResponse_SERVING {
+		t.Errorf("got %v, %v, want SERVING", r, err)
+	}
+	if got := b.budget.streams.Load(); got != 1 {
+		t.Errorf("%d streams are counted, want 1", got)
+	}
+	_, err := watch(b.dial("unix://"+b.unix, b.svid(spiffeid.RequireFromPath(domain, "/other"), time.Hour)))
+	wantReason(t, err, codes.PermissionDenied, "")
 }
 
 // selfSigned makes a certificate with the right ID that nobody vouches for,

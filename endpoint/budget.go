@@ -74,6 +74,7 @@ type account struct {
 	challenge chan struct{}
 	streams   atomic.Int64
 	names     atomic.Int64 // bytes
+	pins      atomic.Int64 // processes that are held for it
 
 	// Under budget.mu.
 	conns int // attributed to this account

@@ -646,7 +646,7 @@ func TestProcessesHeldForOthersAreBounded(t *testing.T) {
 	limits.Connections = 16
 	w := startLending(t, func(c *Config, _ *local.Options) { c.Limits = limits })
 	w.entry("/a", nil, mine)
-	for range 4 {
+	for range 3 {
 		w.lent(w.pid(w.sleeperOf(mine)), "/a")
 	}
 	pid := w.sleeperOf(mine)
@@ -655,8 +655,19 @@ func TestProcessesHeldForOthersAreBounded(t *testing.T) {
 	for _, gone := range []int{-1, os.Getpid(), 1 << 30} {
 		w.pid(gone).Recv()
 	}
-	if got := w.pins.Load(); got != 4 {
-		t.Errorf("got %d processes held, want 4", got)
+	if got := w.pins.Load(); got != 3 {
+		t.Errorf("got %d processes held, want 3", got)
+	}
+	// What one leaves another can have.
+	another, leave := w.budget.hold("another")
+	defer leave()
+	r, err := w.pin(int32(pid), another)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.close()
+	if _, err := w.pin(int32(pid), another); code(err) != codes.ResourceExhausted {
+		t.Errorf("got %v, want that there is no room for a fifth", err)
 	}
 }
 

@@ -60,16 +60,27 @@ func (s *Server) pin(pid int32, a *account) (*running, error) {
 		return nil, &fault{errNoIdentity, "PID is the daemon's own"}
 	}
 	// A process costs nearly as many descriptors as a connection does.
-	if s.pins.Add(1) > int64(max(s.Limits.Connections/4, 4)) {
-		s.pins.Add(-1)
+	most := int64(max(s.Limits.Connections/4, 4))
+	r := &running{s: s, account: a}
+	switch all, own := s.pins.Add(1), a.pins.Add(1); {
+	case all > most:
+		r.unpin()
 		return nil, fmt.Errorf("%w: too many processes are held for others", errBudget)
+	case own > most*3/4:
+		r.unpin()
+		return nil, fmt.Errorf("%w: too many processes are held for the same caller", errBudget)
 	}
-	p, err := s.open(pid)
-	if err != nil {
-		s.pins.Add(-1)
+	var err error
+	if r.p, err = s.open(pid); err != nil {
+		r.unpin()
 		return nil, err
 	}
-	return &running{s, p, a}, nil
+	return r, nil
+}
+
+func (r *running) unpin() {
+	r.account.pins.Add(-1)
+	r.s.pins.Add(-1)
 }
 
 // open pins a process that is a workload.
@@ -133,7 +144,7 @@ func (r *running) ended() ending {
 
 func (r *running) close() {
 	r.p.Close()
-	r.s.pins.Add(-1)
+	r.unpin()
 }
 
 // told is a subject that the caller described: its word is the evidence.

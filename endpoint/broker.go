@@ -292,22 +292,24 @@ type podSubject struct {
 	ev   *attestor.Evidence
 }
 
-func (p *podSubject) attest(ctx context.Context, _ bool) (*attestor.Evidence, <-chan struct{}, error) {
+func (p *podSubject) attest(ctx context.Context, _ bool) (*attestor.Evidence, error) {
 	pod, err := p.pods.Pod(ctx, p.ref)
 	switch {
 	case errors.Is(err, kubernetes.ErrNotFound):
-		return nil, nil, errSubject
+		return nil, errSubject
 	case err != nil && ctx.Err() == nil:
-		return nil, nil, fmt.Errorf("%w: %v", errUnknown, err)
+		return nil, fmt.Errorf("%w: %v", errUnknown, err)
 	case err != nil:
-		return nil, nil, err
+		return nil, err
 	}
 	if pod != p.pod {
 		p.pod, p.ref.UID = pod, pod.UID
 		p.ev = &attestor.Evidence{Selectors: pod.Selectors, Gathered: time.Now()}
 	}
-	return p.ev, after(podPoll), nil
+	return p.ev, nil
 }
+
+func (*podSubject) poll() time.Duration { return podPoll }
 
 func (*podSubject) ended() ending { return ending{} }
 func (*podSubject) close()        {}

@@ -180,7 +180,7 @@ func (a *delegated) bundles(method string, st grpc.ServerStream, encode func([]*
 			if err != nil {
 				return nil, fmt.Errorf("encode bundles: %w", err)
 			}
-			return &state{body: body, stale: stale, entries: entries}, nil
+			return &state{body: body, stale: stale, entries: entries, poll: processPoll}, nil
 		})
 	})
 }

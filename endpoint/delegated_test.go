@@ -572,6 +572,8 @@ func TestDelegateThatExecutesAnotherProgramGetsNothingMore(t *testing.T) {
 	p.in.Close() // it executes sh, with the connection open
 	p.says(t, "executed")
 	eventually(t, "the program is another", func() bool { return l.Check() != nil })
+	// Sooner than that program ends.
+	within(t, 8*time.Second, "its stream has ended, though there is nothing to say", func() bool { return w.budget.streams.Load() == 0 })
 	w.entry("/b", nil, mine)
 	if err := (&delegate{w.Server, l}).check(call(t)); status.Code(delegateStatus(err)) != codes.Unavailable {
 		t.Errorf("got %v, want Unavailable", err)

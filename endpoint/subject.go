@@ -34,9 +34,10 @@ type caller interface {
 // PID again.
 type subject interface {
 	// attest says what is known of it now, gathered anew or as it was kept: the
-	// same pointer while nothing has changed. The channel closes when something
-	// may have; nil where nobody tells.
-	attest(ctx context.Context, anew bool) (*attestor.Evidence, <-chan struct{}, error)
+	// same pointer while nothing has changed.
+	attest(ctx context.Context, anew bool) (*attestor.Evidence, error)
+	// poll is how soon a stream asks again: nobody tells.
+	poll() time.Duration
 	ended() ending
 	close()
 }
@@ -106,9 +107,9 @@ func (s *Server) open(pid int32) (*peer.Process, error) {
 	return p, nil
 }
 
-func (r *running) attest(ctx context.Context, anew bool) (*attestor.Evidence, <-chan struct{}, error) {
+func (r *running) attest(ctx context.Context, anew bool) (*attestor.Evidence, error) {
 	if err := enter(ctx, r.account.attesting); err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	defer func() { <-r.account.attesting }()
 	ask := r.s.Attestors.Attest
@@ -118,25 +119,20 @@ func (r *running) attest(ctx context.Context, anew bool) (*attestor.Evidence, <-
 	ev, err := ask(ctx, r.p)
 	switch {
 	case errors.Is(err, attestor.ErrGone), errors.Is(err, peer.ErrGone), r.p.Alive() != nil:
-		return nil, nil, errSubject
+		return nil, errSubject
 	case err != nil && ctx.Err() == nil:
-		return nil, nil, fmt.Errorf("%w: %v", errUnknown, err)
+		return nil, fmt.Errorf("%w: %v", errUnknown, err)
 	case err != nil:
-		return nil, nil, err
+		return nil, err
 	}
-	return ev, after(runningPoll), nil
+	return ev, nil
 }
 
-// runningPoll is how soon it is seen that a process executed another program,
-// or moved: nobody tells.
-const runningPoll = 5 * time.Second
+// processPoll is how soon it is seen that a process, the subject's or a
+// delegate's, executed another program, or moved.
+const processPoll = 5 * time.Second
 
-// after returns a channel that closes in about this time.
-func after(d time.Duration) <-chan struct{} {
-	c := make(chan struct{})
-	time.AfterFunc(jitter(d), func() { close(c) })
-	return c
-}
+func (*running) poll() time.Duration { return processPoll }
 
 func (r *running) ended() ending {
 	return ending{r.p.Done(), func() error { return errSubject }}
@@ -166,9 +162,9 @@ func newTold(selectors []attestor.Selector) (told, error) {
 	return told{&attestor.Evidence{Selectors: sorted, Gathered: time.Now()}}, nil
 }
 
-func (t told) attest(context.Context, bool) (*attestor.Evidence, <-chan struct{}, error) {
-	return t.ev, nil, nil
-}
+func (t told) attest(context.Context, bool) (*attestor.Evidence, error) { return t.ev, nil }
+
+func (told) poll() time.Duration { return processPoll } // of the delegate
 
 func (told) ended() ending { return ending{} }
 func (told) close()        {}
@@ -208,6 +204,12 @@ func (o *loan) stream(ctx context.Context, st grpc.ServerStream, next func(conte
 // followFor is follow for a caller and a subject.
 func (s *Server) followFor(ctx context.Context, st grpc.ServerStream, caller, subject ending, next func(*state) (*state, error)) error {
 	return s.follow(st, next, func(has *state, again <-chan time.Time) error {
+		var poll <-chan time.Time
+		if has.poll > 0 {
+			timer := time.NewTimer(jitter(has.poll))
+			defer timer.Stop()
+			poll = timer.C
+		}
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
@@ -219,7 +221,7 @@ func (s *Server) followFor(ctx context.Context, st grpc.ServerStream, caller, su
 			return errStopping
 		case <-has.stale:
 		case <-has.entries:
-		case <-has.subject:
+		case <-poll:
 		case <-again:
 		}
 		return nil
@@ -233,7 +235,7 @@ func (o *loan) identify(ctx context.Context, anew bool) (*view, *state, error) {
 	if err := o.caller.check(ctx); err != nil {
 		return nil, nil, err
 	}
-	ev, moved, err := o.subject.attest(ctx, anew)
+	ev, err := o.subject.attest(ctx, anew)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -249,7 +251,7 @@ func (o *loan) identify(ctx context.Context, anew bool) (*view, *state, error) {
 		v.Entries = uniqueHints(v.Entries)
 		o.view = v
 	}
-	return o.view, &state{view: o.view, entries: entries, subject: moved, again: len(o.view.Unknown) > 0}, nil
+	return o.view, &state{view: o.view, entries: entries, poll: o.subject.poll(), again: len(o.view.Unknown) > 0}, nil
 }
 
 // confirm returns nil if caller and subject are still what they were when the
@@ -258,7 +260,7 @@ func (o *loan) confirm(ctx context.Context, v *view) error {
 	if err := o.caller.check(ctx); err != nil {
 		return err
 	}
-	ev, _, err := o.subject.attest(ctx, false)
+	ev, err := o.subject.attest(ctx, false)
 	switch {
 	case err != nil:
 		return err
@@ -309,7 +311,7 @@ func (o *loan) x509State(ctx context.Context, has *state) (*state, error) {
 	if err != nil {
 		return nil, err
 	}
-	if snapshot != o.last {
+	if snapshot != o.last || has == nil || has.view != v { // else it has what it is to have
 		if err := o.confirm(ctx, v); err != nil {
 			return nil, err
 		}

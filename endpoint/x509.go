@@ -36,9 +36,9 @@ type state struct {
 	wits     []svid.WIT        // WIT streams only
 	stale    <-chan struct{}   // SVIDs or bundles
 	entries  <-chan struct{}
-	subject  <-chan struct{} // what is known of somebody else, whom they are for
-	again    bool            // something is unknown: ask again after a while
-	doubt    bool            // the process may be entitled to more
+	poll     time.Duration // look again after that, zero: never
+	again    bool          // something is unknown: ask again after a while
+	doubt    bool          // the process may be entitled to more
 }
 
 // fetchX509SVID is one loop: identify, send, wait, and back to identify.
@@ -79,7 +79,7 @@ func (s *Server) follow(st grpc.ServerStream, next func(has *state) (*state, err
 			// The client keeps what it has while that lives; what could not be
 			// found out is not held against it.
 			_, has.entries = s.Registry.Set()
-			has.stale, has.subject, has.again = nil, nil, true
+			has.stale, has.poll, has.again = nil, 0, true
 		}
 		clock.set(has)
 		if err := wait(has, clock.again); err != nil {

@@ -908,6 +908,32 @@ func TestSilentClientsAreDropped(t *testing.T) {
 	brokered(t, subscribe(t, b.overTCP, toPod(t, "demo", "")), "/demo")
 }
 
+// A daemon that stops does not wait for who says nothing.
+func TestSilentClientsDoNotHoldTheEndUp(t *testing.T) {
+	b := startBrokering(t)
+	var silent []net.Conn
+	for _, target := range []string{"unix " + b.unix, "tcp " + b.tcp, "unix " + b.socket} {
+		network, address, _ := strings.Cut(target, " ")
+		c, err := net.Dial(network, address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		silent = append(silent, c)
+	}
+	taken := func() (n int) {
+		b.budget.mu.Lock()
+		defer b.budget.mu.Unlock()
+		for _, a := range b.budget.accounts {
+			n += len(a.challenge)
+		}
+		return n
+	}
+	eventually(t, "they are waited for", func() bool { return taken() == len(silent) })
+	b.stop()
+	within(t, challengeTime/2, "nobody is waited for", func() bool { return taken() == 0 })
+}
+
 func FuzzReadReference(f *testing.F) {
 	for _, m := range []proto.Message{
 		&broker.WorkloadPIDReference{Pid: 1},

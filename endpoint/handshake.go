@@ -97,17 +97,33 @@ func (h *handshaker) greet(l *link) error {
 		}
 	}
 	turn := l.seat.account().challenge
-	if err := enter(context.Background(), turn); err != nil {
+	serving, stop := h.s.serving()
+	defer stop()
+	if err := enter(serving, turn); err != nil {
 		l.turnAway(err)
 		return err
 	}
 	defer func() { <-turn }()
-	ctx, cancel := context.WithTimeout(context.Background(), challengeTime)
+	ctx, cancel := context.WithTimeout(serving, challengeTime)
 	defer cancel()
 	if err := l.Challenge(ctx); err != nil {
 		return err
 	}
 	return h.accept(l)
+}
+
+// serving returns a context that ends when the server stops: gRPC waits for
+// handshakes then.
+func (s *Server) serving() (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancel(context.Background())
+	go func() {
+		select {
+		case <-s.stopping:
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	return ctx, cancel
 }
 
 // settings is an empty SETTINGS frame, the first that a client expects

@@ -130,6 +130,8 @@ func (h *brokerShaker) shake(raw net.Conn, b *brokerLink, from *account) error {
 }
 
 func (h *brokerShaker) handshake(raw net.Conn, b *brokerLink, from *account) error {
+	serving, stop := h.s.serving()
+	defer stop()
 	if b.tcp {
 		// Nobody knows who is behind it: those who come to wait would be
 		// without number.
@@ -138,11 +140,11 @@ func (h *brokerShaker) handshake(raw net.Conn, b *brokerLink, from *account) err
 		default:
 			return fmt.Errorf("%w: too many handshakes over TCP", errBudget)
 		}
-	} else if err := enter(context.Background(), from.challenge); err != nil {
+	} else if err := enter(serving, from.challenge); err != nil {
 		return err
 	}
 	defer func() { <-from.challenge }()
-	ctx, cancel := context.WithTimeout(context.Background(), challengeTime)
+	ctx, cancel := context.WithTimeout(serving, challengeTime)
 	defer cancel()
 	b.Conn = tls.Server(raw, h.s.brokerTLS())
 	return b.Conn.HandshakeContext(ctx)

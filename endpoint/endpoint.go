@@ -1,6 +1,8 @@
 // Package endpoint is the gRPC services on the sockets: the SPIFFE Workload
-// API and Envoy's secret discovery for every process of the host, and for its
-// administrators SPIRE's entry, bundle, SVID and logger APIs beside our own.
+// API and Envoy's secret discovery for every process of the host; for its
+// administrators SPIRE's entry, bundle, SVID and logger APIs beside our own; and
+// for those who act for others SPIRE's Delegated Identity API and the SPIFFE
+// Broker API.
 //
 // It asks the stages before it, for each message that has a key in it: is the
 // process behind this connection still the one that opened it, what is known
@@ -10,8 +12,9 @@
 // for itself, and an administrator's command that comes out of a container.
 // Errors become gRPC codes in errors.go and nowhere else.
 //
-// A caller owes it listeners of package peer, with Admit in their options, and
-// a Run for as long as it serves.
+// A caller owes it listeners of package peer, with Admit in their options save
+// for the administrators' (brokers may also come over TCP), and a Run for as
+// long as it serves.
 package endpoint
 
 import (
@@ -85,7 +88,7 @@ type Config struct {
 	Limits Limits // zero: by DefaultLimits
 }
 
-// Server serves both sockets.
+// Server serves the sockets.
 type Server struct {
 	Config
 	budget    *budget
@@ -151,7 +154,7 @@ const (
 	maxHeaders = 16 << 10
 )
 
-// options are those of both servers. Buffers are small, because there may be a
+// options are those of all servers. Buffers are small, because there may be a
 // connection for each of ten thousand processes and a request has a hundred
 // bytes; gRPC takes write buffers from a pool by itself. Windows are static:
 // requests are too small for an estimate of the bandwidth to be worth its pings.
@@ -171,7 +174,7 @@ func (s *Server) options(h credentials.TransportCredentials, more ...grpc.Server
 	}, more...)
 }
 
-// Admit is for the options of the workload listener.
+// Admit is for the options of listeners of package peer, save the administrators'.
 func (s *Server) Admit(uid uint32) (release func(), err error) { return s.budget.admit(uid) }
 
 // ServeWorkload serves the Workload API on a listener of package peer until

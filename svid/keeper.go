@@ -140,7 +140,7 @@ func (k *Keeper) renew(ctx context.Context, kept *held, entries []registry.Entry
 		close(done)
 	}()
 	served := distinctHints(entries)
-	leaves, err := k.issueAll(ctx, served, old)
+	leaves, err := renewAll(ctx, k.log, "X.509-SVID", served, old, k.issue)
 	if err != nil {
 		// What was issued beside the one that failed need not be issued again.
 		kept.mu.Lock()
@@ -180,40 +180,6 @@ func (k *Keeper) renew(ctx context.Context, kept *held, entries []registry.Entry
 		kept.retire()
 	}
 	return c, nil
-}
-
-// issueAll returns a leaf per entry; an error comes with those that there are.
-func (k *Keeper) issueAll(ctx context.Context, entries []registry.Entry, old []leaf) ([]leaf, error) {
-	leaves := make([]leaf, 0, len(entries))
-	var missing error
-	for _, e := range entries {
-		i := slices.IndexFunc(old, func(l leaf) bool { return l.certifies(&e) })
-		if i >= 0 && !old[i].due(time.Now()) {
-			l := old[i]
-			l.Entry = e
-			leaves = append(leaves, l)
-			continue
-		}
-		l, err := k.issue(ctx, e)
-		switch {
-		case err == nil:
-		case i >= 0 && !old[i].expired(time.Now()):
-			l = old[i]
-			l.Entry = e
-			if ctx.Err() == nil {
-				wait := l.postpone()
-				k.log.Warn("renewal failed, keeping the SVID", "entry", e.ID, "spiffe_id", e.SPIFFEID.String(),
-					"expires", l.Chain[0].NotAfter, "retry_in", wait.Round(time.Millisecond), "error", err)
-			}
-		default:
-			if missing == nil {
-				missing = fmt.Errorf("issue X.509-SVID for entry %s: %w", e.ID, err)
-			}
-			continue
-		}
-		leaves = append(leaves, l)
-	}
-	return leaves, missing
 }
 
 // issue asks the authority for one SVID on a new key.

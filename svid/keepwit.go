@@ -42,6 +42,10 @@ type bond struct {
 	term
 }
 
+func (b *bond) serves(e *registry.Entry) bool { return sameBond(&b.Entry, e) }
+func (b *bond) under(e registry.Entry)        { b.Entry = e }
+func (b *bond) ends() time.Time               { return b.Expires }
+
 // WIT returns the holder's WIT-SVIDs under these entries as X509 does its
 // X.509-SVIDs: a key of its own for each, renewed at half-life. They are kept
 // apart from those, and so are their keys.
@@ -89,7 +93,9 @@ func (k *Keeper) bind(ctx context.Context, a witAuthority, kept *held, w *heldWI
 		kept.mu.Unlock()
 		close(done)
 	}()
-	bonds, err := k.bindAll(ctx, a, distinctHints(entries), old)
+	bonds, err := renewAll(ctx, k.log, "WIT-SVID", distinctHints(entries), old, func(ctx context.Context, e registry.Entry) (bond, error) {
+		return k.bindOne(ctx, a, e)
+	})
 	kept.mu.Lock()
 	defer kept.mu.Unlock()
 	if kept.gone {
@@ -115,40 +121,6 @@ func (k *Keeper) bind(ctx context.Context, a witAuthority, kept *held, w *heldWI
 		})
 	}
 	return c, nil
-}
-
-// bindAll returns a bond per entry; an error comes with those that there are.
-func (k *Keeper) bindAll(ctx context.Context, a witAuthority, entries []registry.Entry, old []bond) ([]bond, error) {
-	bonds := make([]bond, 0, len(entries))
-	var missing error
-	for _, e := range entries {
-		i := slices.IndexFunc(old, func(b bond) bool { return sameBond(&b.Entry, &e) })
-		if i >= 0 && !old[i].due(time.Now()) {
-			b := old[i]
-			b.Entry = e
-			bonds = append(bonds, b)
-			continue
-		}
-		b, err := k.bindOne(ctx, a, e)
-		switch {
-		case err == nil:
-		case i >= 0 && !old[i].expired(time.Now()):
-			b = old[i]
-			b.Entry = e
-			if ctx.Err() == nil {
-				wait := b.postpone()
-				k.log.Warn("renewal failed, keeping the WIT-SVID", "entry", e.ID, "spiffe_id", e.SPIFFEID.String(),
-					"expires", b.Expires, "retry_in", wait.Round(time.Millisecond), "error", err)
-			}
-		default:
-			if missing == nil {
-				missing = fmt.Errorf("issue WIT-SVID for entry %s: %w", e.ID, err)
-			}
-			continue
-		}
-		bonds = append(bonds, b)
-	}
-	return bonds, missing
 }
 
 // bindOne asks the authority for one SVID on a new key.

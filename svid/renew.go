@@ -1,8 +1,13 @@
 package svid
 
 import (
+	"context"
+	"fmt"
 	"math/rand/v2"
+	"slices"
 	"time"
+
+	"github.com/hashicorp/go-hclog"
 
 	"github.com/deputy-id/deputy/svid/registry"
 )
@@ -65,7 +70,57 @@ type leaf struct {
 	term
 }
 
-func (l *leaf) certifies(e *registry.Entry) bool { return sameCertificate(&l.Entry, e) }
+func (l *leaf) serves(e *registry.Entry) bool { return sameCertificate(&l.Entry, e) }
+func (l *leaf) under(e registry.Entry)        { l.Entry = e }
+func (l *leaf) ends() time.Time               { return l.Chain[0].NotAfter }
+
+// renewable is what is issued under an entry and renewed: a leaf or a bond.
+type renewable[L any] interface {
+	*L
+	due(time.Time) bool
+	expired(time.Time) bool
+	postpone() time.Duration
+	serves(*registry.Entry) bool // may be kept under this entry
+	under(registry.Entry)        // is kept under it
+	ends() time.Time
+}
+
+// renewAll returns one per entry: what is good already, else a new one. Where
+// that cannot be had, one that is due stays as long as it lives; an error comes
+// with those that there are. kind is their name in words.
+func renewAll[L any, P renewable[L]](ctx context.Context, log hclog.Logger, kind string, entries []registry.Entry, old []L,
+	issue func(context.Context, registry.Entry) (L, error)) ([]L, error) {
+	all := make([]L, 0, len(entries))
+	var missing error
+	for _, e := range entries {
+		i := slices.IndexFunc(old, func(one L) bool { return P(&one).serves(&e) })
+		if i >= 0 && !P(&old[i]).due(time.Now()) {
+			one := old[i]
+			P(&one).under(e)
+			all = append(all, one)
+			continue
+		}
+		one, err := issue(ctx, e)
+		switch {
+		case err == nil:
+		case i >= 0 && !P(&old[i]).expired(time.Now()):
+			one = old[i]
+			P(&one).under(e)
+			if ctx.Err() == nil {
+				wait := P(&one).postpone()
+				log.Warn("renewal failed, keeping the SVID", "kind", kind, "entry", e.ID, "spiffe_id", e.SPIFFEID.String(),
+					"expires", P(&one).ends(), "retry_in", wait.Round(time.Millisecond), "error", err)
+			}
+		default:
+			if missing == nil {
+				missing = fmt.Errorf("issue %s for entry %s: %w", kind, e.ID, err)
+			}
+			continue
+		}
+		all = append(all, one)
+	}
+	return all, missing
+}
 
 // nextRenewal is when the first of them will be due.
 func nextRenewal[L any, P interface {

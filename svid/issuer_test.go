@@ -14,7 +14,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
@@ -23,6 +22,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
 	"github.com/deputy-id/deputy/svid"
+	"github.com/deputy-id/deputy/test/bubble"
 )
 
 func mustKey(t testing.TB, kind svid.KeyType) crypto.Signer {
@@ -123,7 +123,7 @@ func TestIssuedCertificateIsWhatSPIFFEAllows(t *testing.T) {
 }
 
 func TestIssuedCertificateEndsWithItsCA(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		a := newAuthority(t, svid.ECP256)
 		id, key := spiffeid.RequireFromPath(td, "/x"), mustKey(t, svid.ECP256)
 		b, _ := a.Bundles()

@@ -9,7 +9,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -17,6 +16,7 @@ import (
 
 	"github.com/deputy-id/deputy/svid"
 	"github.com/deputy-id/deputy/svid/registry"
+	"github.com/deputy-id/deputy/test/bubble"
 )
 
 // holder returns a holder and what ends it.
@@ -45,7 +45,7 @@ func fetch(t *testing.T, k *svid.Keeper, h svid.Holder, entries ...registry.Entr
 
 func inBubble(t *testing.T, f func(t *testing.T, a *authority, k *svid.Keeper, h svid.Holder, end func())) {
 	t.Helper()
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		a := newAuthority(t, svid.ECP256)
 		h, end := holder(1)
 		defer end()
@@ -161,7 +161,7 @@ func TestKeeperLeavesOutTheLaterOfTwoHints(t *testing.T) {
 }
 
 func TestKeeperKeepsTheGoodSVIDWhenRenewalFails(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		var log bytes.Buffer
 		a := newAuthority(t, svid.ECP256)
 		k := svid.NewKeeper(a, svid.KeeperOptions{Log: hclog.New(&hclog.LoggerOptions{Output: &log, Level: hclog.Info})})
@@ -237,10 +237,10 @@ func TestKeeperStaleWhenABundleThatMattersChanges(t *testing.T) {
 		if again := fetch(t, k, h3, e); again.Bundles != allied.Bundles {
 			t.Error("two holders with the same trust domains do not share their bundles")
 		}
-		synctest.Wait()
+		bubble.Wait()
 		b, _ := a.Bundles()
 		a.bundles.Store(&svid.Bundles{Own: b.Own, Federated: map[spiffeid.TrustDomain]*svid.Bundle{other: {TrustDomain: other}}})
-		synctest.Wait()
+		bubble.Wait()
 		if isStale(alone) || !isStale(allied) {
 			t.Errorf("federated bundle: stale %v, %v, want false, true", isStale(alone), isStale(allied))
 		}
@@ -253,7 +253,7 @@ func TestKeeperStaleWhenABundleThatMattersChanges(t *testing.T) {
 		}
 		b, _ = a.Bundles()
 		a.bundles.Store(&svid.Bundles{Own: &svid.Bundle{TrustDomain: td, Sequence: 2}, Federated: maps.Clone(b.Federated)})
-		synctest.Wait()
+		bubble.Wait()
 		if !isStale(alone) || !isStale(next) {
 			t.Errorf("own bundle: stale %v, %v, want both", isStale(alone), isStale(next))
 		}
@@ -268,7 +268,7 @@ func TestKeeperForgetsAHolderThatIsGone(t *testing.T) {
 		}
 		end()
 		<-c.Stale()
-		synctest.Wait()
+		bubble.Wait()
 		if svid.Holders(k) != 0 {
 			t.Errorf("got %d holders, want none", svid.Holders(k))
 		}
@@ -286,7 +286,7 @@ func TestKeeperForgetsAHolderThatIsGone(t *testing.T) {
 		h2, end2 := holder(2)
 		defer end2()
 		c = fetch(t, k, h2, entry("a"))
-		synctest.Wait()
+		bubble.Wait()
 		a.bundles.Store(&svid.Bundles{Own: &svid.Bundle{TrustDomain: td}})
 		<-c.Stale()
 	})
@@ -306,7 +306,7 @@ func TestKeeperSignsOnceForManyCallersAndSideBySideForHolders(t *testing.T) {
 		// One caller gives up while it waits for another's signature.
 		ctx, cancel := context.WithCancel(t.Context())
 		wg.Go(func() {
-			synctest.Wait()
+			bubble.Wait()
 			cancel()
 		})
 		if _, err := k.X509(ctx, h, []registry.Entry{entry("a")}); !errors.Is(err, context.Canceled) {

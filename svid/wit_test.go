@@ -12,7 +12,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
@@ -23,6 +22,7 @@ import (
 
 	"github.com/deputy-id/deputy/svid"
 	"github.com/deputy-id/deputy/svid/registry"
+	"github.com/deputy-id/deputy/test/bubble"
 )
 
 // part decodes the header (0) or the claims (1) of a token.
@@ -154,7 +154,7 @@ func TestIssuerRefusesWITs(t *testing.T) {
 }
 
 func TestIssuedWITEndsWithItsKey(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		a := newAuthority(t, svid.ECP256)
 		id, key := spiffeid.RequireFromPath(td, "/x"), mustKey(t, svid.ECP256).Public()
 		b, _ := a.Bundles()
@@ -361,7 +361,7 @@ func TestKeeperRenewsWITsAtHalfLifeAndNotBefore(t *testing.T) {
 		b, _ := a.Bundles()
 		a.bundles.Store(&svid.Bundles{Own: b.Own, Federated: map[spiffeid.TrustDomain]*svid.Bundle{other: {TrustDomain: other}}})
 		fetch(t, k, h, entry("a"))
-		synctest.Wait()
+		bubble.Wait()
 		if witStale(c) {
 			t.Error("stale although nothing of it changed")
 		}
@@ -469,10 +469,10 @@ func TestKeeperDropsWITsWithTheirHolder(t *testing.T) {
 				t.Errorf("got %v, want ErrGone", err)
 			}
 		})
-		synctest.Wait()
+		bubble.Wait()
 		end()
 		<-c.Stale()
-		synctest.Wait()
+		bubble.Wait()
 		a.gate <- struct{}{}
 		wg.Wait()
 		if svid.Holders(k) != 0 {

@@ -9,11 +9,12 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
+
+	"github.com/deputy-id/deputy/test/bubble"
 )
 
 func open(t *testing.T, table *Table, pid int32) *Process {
@@ -291,7 +292,7 @@ func TestTableKeepsProcessesThatNobodyHolds(t *testing.T) {
 
 func TestTableLetsIdleProcessesGo(t *testing.T) {
 	table := openTable(t, features{}) // outside of the bubble: its goroutine waits for the kernel
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		p, err := table.Open(int32(os.Getpid()))
 		if err != nil {
 			t.Fatal(err)

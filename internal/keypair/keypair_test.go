@@ -14,8 +14,9 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"testing/synctest"
 	"time"
+
+	"github.com/deputy-id/deputy/test/bubble"
 )
 
 // pair makes a self-signed pair in PEM.
@@ -69,7 +70,7 @@ func serves(t testing.TB, p *Pair) string {
 }
 
 func TestANewPairIsTakenAtAHandshake(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		cert, key := files(t, "old")
 		p, err := Open(cert, key)
 		if err != nil {
@@ -122,7 +123,7 @@ func TestTheLastGoodPairGoesOn(t *testing.T) {
 		{"a directory", func(t *testing.T, cert, _ string) { os.Remove(cert); os.Mkdir(cert, 0o700) }},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
+			bubble.Test(t, func(t *testing.T) {
 				cert, key := files(t, "good")
 				p, err := Open(cert, key)
 				if err != nil {

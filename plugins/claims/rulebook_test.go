@@ -7,10 +7,11 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
+
+	"github.com/deputy-id/deputy/test/bubble"
 )
 
 func TestTheBookFollowsTheFile(t *testing.T) {
@@ -24,7 +25,7 @@ func TestTheBookFollowsTheFile(t *testing.T) {
 	rule := func(owner string) string { return "rule \"/a\" {\n  owner = \"" + owner + "\"\n}\n" }
 	write(rule("one"))
 	source := Source{Name: "plugin_data", Text: "rules_file = \"" + path + "\"\nrule \"/b\" {}\n"}
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		var log bytes.Buffer
 		book := NewRulebook(hclog.New(&hclog.LoggerOptions{Output: &log}))
 		first, err := Load(t.Context(), source, domain)

@@ -12,12 +12,12 @@ import (
 	"os"
 	"strings"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/deputy-id/deputy/svid"
+	"github.com/deputy-id/deputy/test/bubble"
 )
 
 // What an endpoint may answer, and what becomes of it.
@@ -127,7 +127,7 @@ func TestFetchFromTheWeb(t *testing.T) {
 		{name: "a connection that breaks", answer: func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }, fails: "EOF"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
+			bubble.Test(t, func(t *testing.T) {
 				web := newCA(t)
 				n := newNetwork()
 				n.serve(t, "theirs.example", web.server(t, "theirs.example"), c.answer)
@@ -155,7 +155,7 @@ func TestFetchFromTheWeb(t *testing.T) {
 
 // What is in the configured URL is for its host alone.
 func TestARedirectTellsNobodyTheURL(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		web := newCA(t)
 		n := newNetwork()
 		n.serve(t, "theirs.example", web.server(t, "theirs.example"), func(w http.ResponseWriter, _ *http.Request) {
@@ -336,7 +336,7 @@ func TestRedirectWantsTheSameID(t *testing.T) {
 
 // A server that takes the connection and then says nothing.
 func TestFetchOfASilentServerEnds(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		n := newNetwork()
 		l := n.listen("theirs.example:443")
 		defer l.Close()

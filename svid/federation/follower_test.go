@@ -11,12 +11,12 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/deputy-id/deputy/svid"
+	"github.com/deputy-id/deputy/test/bubble"
 )
 
 // A scene is a follower of one trust domain in a bubble.
@@ -36,7 +36,7 @@ type scene struct {
 
 // inScene runs a test with a follower that runs; by is the profile.
 func inScene(t *testing.T, had []*svid.Bundle, test func(t *testing.T, s *scene)) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		s := &scene{net: newNetwork(), log: &record{}, web: newCA(t), server: newCA(t)}
 		s.store = newMemory(bundle(t, ours, 1, 0, newCA(t)), had...)
 		s.Follower = NewFollower(s.store, s.log.log())

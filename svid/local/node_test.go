@@ -7,7 +7,6 @@ import (
 	"io"
 	"net"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -15,6 +14,7 @@ import (
 
 	"github.com/deputy-id/deputy/svid"
 	"github.com/deputy-id/deputy/svid/registry"
+	"github.com/deputy-id/deputy/test/bubble"
 )
 
 func TestNodeAuthorityKnowsOneIDAndNobodyElseHasIt(t *testing.T) {
@@ -59,7 +59,7 @@ func TestSelfIsAnIdentityForTLS(t *testing.T) {
 }
 
 func TestSelfRenewsAndEnds(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		td := spiffeid.RequireTrustDomainFromString("example.org")
 		a := open(t, Options{TrustDomain: td})
 		s := svid.NewSelf(a.Node(), registry.NodeID(td), nil)
@@ -73,7 +73,7 @@ func TestSelfRenewsAndEnds(t *testing.T) {
 			t.Errorf("got %v, %v, want another SVID after half of its life", next, err)
 		}
 		s.Close()
-		synctest.Wait()
+		bubble.Wait()
 		if _, err := s.GetX509SVID(); err == nil {
 			t.Error("got an SVID after Close")
 		}

@@ -12,7 +12,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -22,6 +21,7 @@ import (
 	"github.com/deputy-id/deputy/internal/durable"
 	"github.com/deputy-id/deputy/svid"
 	"github.com/deputy-id/deputy/svid/registry"
+	"github.com/deputy-id/deputy/test/bubble"
 )
 
 // issued is an SVID of each kind, and when they end.
@@ -39,7 +39,7 @@ func TestRotationNeverLeavesALiveSVIDUnverifiable(t *testing.T) {
 		"short": {CATTL: 6 * time.Hour, WIT: true},
 	} {
 		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
+			bubble.Test(t, func(t *testing.T) {
 				ctx, cancel := context.WithCancel(t.Context())
 				a := open(t, o)
 				ended := make(chan error)
@@ -55,7 +55,7 @@ func TestRotationNeverLeavesALiveSVIDUnverifiable(t *testing.T) {
 				var live []issued
 				cas, jwts, wits := map[string]bool{}, map[string]bool{}, map[string]bool{}
 				for start := time.Now(); time.Since(start) < 7*24*time.Hour; time.Sleep(every) {
-					synctest.Wait()
+					bubble.Wait()
 					bundles = append(bundles, bundleOf(a))
 					bundles = bundles[max(0, len(bundles)-keep):]
 					if n := len(bundles); n > 1 && bundles[n-1].Sequence < bundles[n-2].Sequence {
@@ -126,7 +126,7 @@ func TestRotationNeverLeavesALiveSVIDUnverifiable(t *testing.T) {
 }
 
 func TestRestartKeepsTheBundle(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		dir := t.TempDir()
 		a := open(t, Options{DataDir: dir})
 		verify(t, a, bundleOf(a))
@@ -172,7 +172,7 @@ func TestRestartKeepsTheBundle(t *testing.T) {
 }
 
 func TestPreparedKeyThatWaitedSignsAfterARestart(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		dir := t.TempDir()
 		a := open(t, Options{DataDir: dir})
 		time.Sleep(12 * time.Hour)
@@ -197,7 +197,7 @@ func TestPreparedKeyThatWaitedSignsAfterARestart(t *testing.T) {
 }
 
 func TestMemoryLeavesNoKeyBehind(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		dir := t.TempDir()
 		a := open(t, Options{DataDir: dir, Memory: true})
 		first := bundleOf(a)
@@ -238,7 +238,7 @@ func occupy(t *testing.T, path string) func() {
 }
 
 func TestKeyThatCannotBeStoredIsNeitherPublishedNorUsed(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		dir := t.TempDir()
 		a := open(t, Options{DataDir: dir})
 		ctx, cancel := context.WithCancel(t.Context())
@@ -258,7 +258,7 @@ func TestKeyThatCannotBeStoredIsNeitherPublishedNorUsed(t *testing.T) {
 		}
 		release()
 		time.Sleep(retryMost)
-		synctest.Wait()
+		bubble.Wait()
 		verify(t, a, bundleOf(a))
 		if bundleOf(a).Sequence != before.Sequence+1 {
 			t.Errorf("got sequence %d after %d, want the next", bundleOf(a).Sequence, before.Sequence)
@@ -272,7 +272,7 @@ func TestStartWithAFullDiskSignsWithTheKeysThereAre(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("NOT TESTED: needs root to make a file that cannot be replaced")
 	}
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		dir := t.TempDir()
 		a := open(t, Options{DataDir: dir})
 		before := bundleOf(a)
@@ -450,7 +450,7 @@ func TestClockThatWasWrongForAWhileLosesNothing(t *testing.T) {
 // What a clock that was wrong left behind goes when the monotonic clock says
 // that it ended, too.
 func TestKeysOfAWrongClockAreDropped(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		a := open(t, Options{})
 		for _, wrong := range []time.Duration{10 * 365 * 24 * time.Hour, -10 * 365 * 24 * time.Hour, 0} {
@@ -464,7 +464,7 @@ func TestKeysOfAWrongClockAreDropped(t *testing.T) {
 		ended := make(chan error)
 		go func() { ended <- a.Run(ctx) }()
 		time.Sleep(3 * 24 * time.Hour)
-		synctest.Wait()
+		bubble.Wait()
 		for _, s := range append(a.state.X509.all(), a.state.JWT.all()...) {
 			if d := time.Since(s.Created).Abs(); d > 2*24*time.Hour {
 				t.Errorf("key of %s is still there at %s", s.Created, time.Now())
@@ -528,7 +528,7 @@ func TestRefreshHintFitsTheRotation(t *testing.T) {
 // Others take no bundle with a lower number than the last, so an authority whose
 // directory was lost may not count from the start again.
 func TestSequenceGrowsOverALostDirectory(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		dir := t.TempDir()
 		a := open(t, Options{DataDir: dir})
 		before := bundleOf(a).Sequence
@@ -718,7 +718,7 @@ func TestBundlesThatAreTooLargeTogetherAreRefused(t *testing.T) {
 }
 
 func TestKeyThatWasPreparedLateSignsBeforeTheOldOneEnds(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		a := open(t, Options{})
 		first := a.state.X509.Active.ID
 		time.Sleep(23 * time.Hour)

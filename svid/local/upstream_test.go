@@ -11,10 +11,10 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/deputy-id/deputy/svid"
+	"github.com/deputy-id/deputy/test/bubble"
 )
 
 // pki is a root with an intermediate below it, and their files.
@@ -90,7 +90,7 @@ func certificate(t *testing.T, parent *x509.Certificate, signer crypto.Signer, c
 }
 
 func TestUpstreamSignsTheCA(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		p := newPKI(t, func(c *x509.Certificate) { c.PermittedURIDomains = []string{"example.org"} })
 		a := open(t, Options{DataDir: t.TempDir(), Upstream: p.files})
 		verify(t, a, bundleOf(a))
@@ -119,7 +119,7 @@ func TestUpstreamSignsTheCA(t *testing.T) {
 // An upstream that is configured later, or no more, is followed by the next CA,
 // which is made at once and published for as long as ever before it signs.
 func TestUpstreamThatIsConfiguredLaterIsFollowed(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		p := newPKI(t, nil)
 		dir := t.TempDir()
 		a := open(t, Options{DataDir: dir})
@@ -157,7 +157,7 @@ func TestUpstreamThatIsConfiguredLaterIsFollowed(t *testing.T) {
 }
 
 func TestUpstreamThatEndsEndsTheCA(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		p := newPKI(t, func(c *x509.Certificate) { c.NotAfter = time.Now().Add(10 * time.Hour) })
 		a := open(t, Options{Upstream: p.files})
 		if got := a.state.X509.Active.Expires; !got.Equal(p.inter.NotAfter) {

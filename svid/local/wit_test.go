@@ -12,13 +12,13 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/deputy-id/deputy/svid"
 	"github.com/deputy-id/deputy/svid/registry"
+	"github.com/deputy-id/deputy/test/bubble"
 )
 
 // bind returns a WIT-SVID of the authority for a key of its own.
@@ -70,7 +70,7 @@ func TestNoWITKeysUnlessTheyAreWanted(t *testing.T) {
 }
 
 func TestWITKeysComeAndGoWithTheirSwitch(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		dir := t.TempDir()
 		a := open(t, Options{DataDir: dir})
 		before := bundleOf(a)
@@ -150,7 +150,7 @@ func mustPublic(t *testing.T) crypto.PublicKey {
 }
 
 func TestWITsLiveAsLongAsX509SVIDs(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		a := open(t, Options{CATTL: 12 * time.Hour, WIT: true})
 		for ttl, want := range map[time.Duration]time.Duration{0: time.Hour, time.Minute: time.Minute, time.Second: minTTL, 24 * time.Hour: 2 * time.Hour} {
 			if got := time.Until(bind(t, a, ttl).Expires); got != want {
@@ -165,7 +165,7 @@ func TestWITsLiveAsLongAsX509SVIDs(t *testing.T) {
 }
 
 func TestKeyIDsAreUniqueInTheBundle(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		a := open(t, Options{CATTL: time.Hour, WIT: true})
 		for range 50 {
 			time.Sleep(10 * time.Minute)

@@ -9,7 +9,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
@@ -18,6 +17,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/deputy-id/deputy/attestor"
+	"github.com/deputy-id/deputy/test/bubble"
 )
 
 var td = spiffeid.RequireTrustDomainFromString("example.org")
@@ -273,7 +273,7 @@ func TestFileEntries(t *testing.T) {
 }
 
 func TestRunRemovesEntriesAsTheyExpire(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		s := open(t, "")
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error)

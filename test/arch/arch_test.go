@@ -87,6 +87,8 @@ func TestViolations(t *testing.T) {
 			[]string{"attestor imports github.com/moby/moby/client: only attestor/container may"}},
 		"testing in the program": {imports("svid", "testing/synctest"),
 			[]string{"svid imports testing/synctest: it is not a test"}},
+		"a bubble on more than one processor": {change("svid", func(p *pkg) { p.Tests = []string{"testing/synctest"} }),
+			[]string{"svid imports testing/synctest in a test: test/bubble does it"}},
 		"a test that imports backwards": {change("attestor", func(p *pkg) { p.Tests = []string{module + "/svid", module + "/attestor"} }),
 			[]string{"attestor imports " + module + "/svid in a test: the rules do not allow it"}},
 		"no package comment": {change("svid", func(p *pkg) { p.Docs = 0 }),

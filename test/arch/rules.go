@@ -104,6 +104,9 @@ func violations(pkgs []pkg) []string {
 		// A test may use any foreign module, what serves tests, and what its
 		// package may.
 		for _, imp := range p.Tests {
+			if imp == "testing/synctest" {
+				add("%s imports %s in a test: test/bubble does it", p.Path, imp)
+			}
 			if local, ours := strings.CutPrefix(imp, module+"/"); ours && local != p.Path && !strings.HasPrefix(local, "test/") {
 				if why := refused(p.Path, imp); why != "" {
 					add("%s imports %s in a test: %s", p.Path, imp, why)

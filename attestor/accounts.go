@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"math"
 	"strconv"
@@ -14,6 +13,8 @@ import (
 	"unicode/utf8"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/deputy-id/deputy/internal/bounded"
 )
 
 // accounts are the names of users or groups by their number, from a file in
@@ -56,12 +57,10 @@ func (a *accounts) current() (map[uint32]string, error) {
 		return a.names, nil
 	}
 	now := time.Now()
-	b, err := io.ReadAll(io.LimitReader(f, maxAccounts+1))
+	b, err := bounded.OpenFile(f, maxAccounts)
 	switch {
 	case err != nil:
-		return nil, fmt.Errorf("read %s: %w", f.Name(), err)
-	case len(b) > maxAccounts:
-		return nil, fmt.Errorf("read %s: longer than %d bytes", f.Name(), maxAccounts)
+		return nil, err
 	case int64(len(b)) != st.Size:
 		return nil, fmt.Errorf("read %s: it is being written", f.Name())
 	}

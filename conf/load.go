@@ -9,6 +9,8 @@ import (
 	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/hcl/v2"
 	"github.com/hashicorp/hcl/v2/hclsyntax"
+
+	"github.com/deputy-id/deputy/internal/bounded"
 )
 
 const (
@@ -30,7 +32,7 @@ const (
 // if there is one, lacks the values that are wrong, and serves only to look for
 // more.
 func Load(path string, base *Config) (c *Config, warnings Problems, err error) {
-	src, err := read(path)
+	src, err := bounded.File(path, maxFile)
 	if err != nil {
 		return nil, nil, err
 	}

@@ -1,10 +1,7 @@
 package conf
 
 import (
-	"fmt"
-	"io"
 	"maps"
-	"os"
 	"slices"
 	"strings"
 	"unicode"
@@ -19,23 +16,6 @@ const (
 	maxFile  = 1 << 20 // bytes
 	maxDepth = 8       // of blocks and lists in one another
 )
-
-// read reads a file of bounded size.
-func read(path string) ([]byte, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	src, err := io.ReadAll(io.LimitReader(f, maxFile+1))
-	if err != nil {
-		return nil, err
-	}
-	if len(src) > maxFile {
-		return nil, fmt.Errorf("read %s: larger than %d bytes", path, maxFile)
-	}
-	return src, nil
-}
 
 // parse reads the part of HCL that is data: blocks, and keys with strings,
 // booleans and lists. The tokens are looked at first, so that nothing else,

@@ -20,7 +20,6 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"io"
 	"net/http"
 	"net/url"
 	"os"
@@ -32,6 +31,7 @@ import (
 	"golang.org/x/sync/singleflight"
 
 	"github.com/deputy-id/deputy/attestor"
+	"github.com/deputy-id/deputy/internal/bounded"
 )
 
 // ErrNotFound says that no such pod runs on this node.
@@ -222,12 +222,9 @@ func (n *Node) ask(ctx context.Context) (*list, error) {
 	if a.StatusCode != http.StatusOK {
 		return nil, fmt.Errorf("it answers %s", a.Status) // its text may name what the token is
 	}
-	body, err := io.ReadAll(io.LimitReader(a.Body, maxList+1))
-	switch {
-	case err != nil:
-		return nil, err
-	case len(body) > maxList:
-		return nil, fmt.Errorf("its answer is longer than %d bytes", maxList)
+	body, err := bounded.Read(a.Body, maxList)
+	if err != nil {
+		return nil, fmt.Errorf("its answer: %w", err)
 	}
 	if l.pods, err = parse(body); err != nil {
 		return nil, err
@@ -265,19 +262,12 @@ func (l *list) follow(last *list) {
 }
 
 func (n *Node) readToken() (string, error) {
-	f, err := os.Open(n.token)
+	b, err := bounded.File(n.token, maxToken)
 	if err != nil {
 		return "", err
 	}
-	defer f.Close()
-	b, err := io.ReadAll(io.LimitReader(f, maxToken+1))
 	token := strings.TrimSpace(string(b))
-	switch {
-	case err != nil:
-		return "", err
-	case len(b) > maxToken:
-		return "", fmt.Errorf("%s is longer than %d bytes", n.token, maxToken)
-	case token == "":
+	if token == "" {
 		return "", fmt.Errorf("%s is empty", n.token)
 	}
 	return token, nil

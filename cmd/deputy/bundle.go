@@ -8,7 +8,6 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"text/tabwriter"
 	"time"
@@ -19,6 +18,8 @@ import (
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc/codes"
+
+	"github.com/deputy-id/deputy/internal/bounded"
 )
 
 // maxBundle bounds what bundle set reads.
@@ -139,12 +140,9 @@ func newBundleSet(out *output, e *endpoints) *cobra.Command {
 				defer f.Close()
 				in = f
 			}
-			data, err := io.ReadAll(io.LimitReader(in, maxBundle+1))
+			data, err := bounded.Read(in, maxBundle)
 			if err != nil {
 				return fmt.Errorf("read bundle: %w", err)
-			}
-			if len(data) > maxBundle {
-				return fmt.Errorf("read bundle: longer than %d bytes", maxBundle)
 			}
 			b, err := parseBundle(td, data, format)
 			if err != nil {

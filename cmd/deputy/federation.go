@@ -5,9 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
-	"io"
 	"net"
-	"os"
 	"text/tabwriter"
 	"time"
 
@@ -58,27 +56,9 @@ func (s *settings) readFederation() (problems conf.Problems) {
 // readBootstrap reads the file that says whom to trust at first: whoever may
 // write it is that trust domain.
 func readBootstrap(r federation.Relationship, path string) (*svid.Bundle, error) {
-	f, err := os.Open(path)
+	data, err := owned.ReadFile(path, maxBundle)
 	if err != nil {
 		return nil, err
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	switch {
-	case err != nil:
-		return nil, err
-	case info.Mode().Perm()&0o022 != 0:
-		return nil, fmt.Errorf("%s may be written by others (mode %04o), who could speak for %s", path, info.Mode().Perm(), r.TrustDomain)
-	}
-	if err := owned.File(path); err != nil {
-		return nil, err
-	}
-	data, err := io.ReadAll(io.LimitReader(f, maxBundle+1))
-	if err != nil {
-		return nil, err
-	}
-	if len(data) > maxBundle {
-		return nil, fmt.Errorf("%s is longer than %d bytes", path, maxBundle)
 	}
 	b, err := svid.ParseBundle(r.TrustDomain, data)
 	if err != nil {

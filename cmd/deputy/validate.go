@@ -6,11 +6,12 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"strings"
 
 	"github.com/spf13/cobra"
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+
+	"github.com/deputy-id/deputy/internal/bounded"
 )
 
 // maxToken bounds what is read from standard input.
@@ -33,7 +34,7 @@ cannot see it.`,
 			}
 			token := args[0]
 			if token == "-" {
-				b, err := io.ReadAll(io.LimitReader(cmd.InOrStdin(), maxToken))
+				b, err := bounded.Read(cmd.InOrStdin(), maxToken)
 				if err != nil {
 					return fmt.Errorf("read token: %w", err)
 				}

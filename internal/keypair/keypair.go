@@ -12,12 +12,12 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"fmt"
-	"io"
-	"os"
 	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/deputy-id/deputy/internal/bounded"
 )
 
 const (
@@ -90,11 +90,11 @@ func (p *Pair) look() {
 
 // read returns the pair, and what tells this state of the files from another.
 func (p *Pair) read() (pair *tls.Certificate, state string, err error) {
-	cert, err := readFile(p.cert)
+	cert, err := bounded.File(p.cert, maxFile)
 	if err != nil {
 		return nil, err.Error(), fmt.Errorf("read certificate: %w", err)
 	}
-	key, err := readFile(p.key)
+	key, err := bounded.File(p.key, maxFile)
 	if err != nil {
 		return nil, err.Error(), fmt.Errorf("read key: %w", err)
 	}
@@ -105,20 +105,4 @@ func (p *Pair) read() (pair *tls.Certificate, state string, err error) {
 		return nil, state, fmt.Errorf("read certificate %s with key %s: %w", p.cert, p.key, err)
 	}
 	return &parsed, state, nil
-}
-
-func readFile(path string) ([]byte, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, maxFile+1))
-	if err != nil {
-		return nil, err
-	}
-	if len(data) > maxFile {
-		return nil, fmt.Errorf("%s: larger than %d bytes", path, maxFile)
-	}
-	return data, nil
 }

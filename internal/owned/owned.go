@@ -11,6 +11,8 @@ import (
 	"path/filepath"
 	"slices"
 	"syscall"
+
+	"github.com/deputy-id/deputy/internal/bounded"
 )
 
 // Dir returns why another user could change what a directory holds, or put
@@ -40,6 +42,27 @@ func File(path string) error {
 		return err
 	}
 	return mine(path, info, os.Geteuid())
+}
+
+// ReadFile reads a file, of so many bytes at most, that nobody but root and we
+// could have written.
+func ReadFile(path string, most int) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	switch {
+	case err != nil:
+		return nil, err
+	case info.Mode().Perm()&0o022 != 0:
+		return nil, fmt.Errorf("%s may be written by others (mode %04o)", path, info.Mode().Perm())
+	}
+	if err := mine(path, info, os.Geteuid()); err != nil {
+		return nil, err
+	}
+	return bounded.OpenFile(f, most)
 }
 
 // RootSocket reports whether there is a socket at the path and it is root's.

@@ -128,6 +128,34 @@ func TestWayOfAnotherUser(t *testing.T) {
 	}
 }
 
+func TestReadFile(t *testing.T) {
+	for name, tt := range map[string]struct {
+		mode  os.FileMode
+		owner int
+		ours  bool
+	}{
+		"readable by all":       {0o644, 0, true},
+		"writable by the group": {0o664, 0, false},
+		"writable by all":       {0o606, 0, false},
+		"a stranger's":          {0o600, stranger, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, dir := tree(t)
+			path := filepath.Join(dir, "file")
+			must(t, os.WriteFile(path, []byte("text"), 0o600))
+			must(t, os.Chmod(path, tt.mode))
+			must(t, os.Chown(path, tt.owner, -1))
+			got, err := ReadFile(path, 4)
+			if tt.ours && (err != nil || string(got) != "text") || !tt.ours && err == nil {
+				t.Errorf("got %q, %v, want ours %t", got, err, tt.ours)
+			}
+			if _, err := ReadFile(path, 3); err == nil {
+				t.Error("read more than there may be")
+			}
+		})
+	}
+}
+
 func TestRootSocket(t *testing.T) {
 	_, dir := tree(t)
 	path := filepath.Join(dir, "s")

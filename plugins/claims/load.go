@@ -3,13 +3,14 @@ package claims
 import (
 	"context"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"syscall"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/deputy-id/deputy/internal/bounded"
 )
 
 const (
@@ -207,7 +208,7 @@ func readNow(path string) (content string, s stamp, err error) {
 	case before.Size() > maxFile:
 		return "", s, fmt.Errorf("read %s: larger than %d MiB", path, maxFile>>20)
 	}
-	b, err := io.ReadAll(io.LimitReader(f, maxFile+1))
+	b, err := bounded.OpenFile(f, maxFile)
 	if err != nil {
 		return "", s, err
 	}

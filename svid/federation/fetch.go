@@ -10,13 +10,13 @@ import (
 	"net"
 	"net/http"
 	"net/url"
-	"os"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
+	"github.com/deputy-id/deputy/internal/bounded"
 	"github.com/deputy-id/deputy/internal/owned"
 	"github.com/deputy-id/deputy/svid"
 )
@@ -100,12 +100,9 @@ func (d dial) fetch(ctx context.Context, r Relationship, all *svid.Bundles) (*fe
 }
 
 func readBundle(td spiffeid.TrustDomain, from io.Reader) (*svid.Bundle, error) {
-	body, err := io.ReadAll(io.LimitReader(from, maxBody+1))
+	body, err := bounded.Read(from, maxBody)
 	if err != nil {
 		return nil, fmt.Errorf("read bundle: %w", cause(err))
-	}
-	if len(body) > maxBody {
-		return nil, fmt.Errorf("bundle is larger than %d bytes", maxBody)
 	}
 	return svid.ParseBundle(td, body)
 }
@@ -158,28 +155,13 @@ func (r Relationship) CheckRoots() error {
 // readRoots reads the CAs that may vouch for an endpoint of https_web. Whoever
 // may write the file can be that endpoint.
 func readRoots(path string) (*x509.CertPool, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, fmt.Errorf("read CAs: %w", err)
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err == nil {
-		err = owned.File(path)
-	}
-	switch {
-	case err != nil:
-		return nil, fmt.Errorf("read CAs: %w", err)
-	case info.Mode().Perm()&0o022 != 0:
-		return nil, fmt.Errorf("read CAs: %s may be written by others (mode %04o)", path, info.Mode().Perm())
-	}
-	data, err := io.ReadAll(io.LimitReader(f, maxBody+1))
+	data, err := owned.ReadFile(path, maxBody)
 	if err != nil {
 		return nil, fmt.Errorf("read CAs: %w", err)
 	}
 	pool := x509.NewCertPool()
-	if len(data) > maxBody || !pool.AppendCertsFromPEM(data) {
-		return nil, fmt.Errorf("read CAs: %s holds no certificates in PEM, or too many", path)
+	if !pool.AppendCertsFromPEM(data) {
+		return nil, fmt.Errorf("read CAs: %s holds no certificates in PEM", path)
 	}
 	return pool, nil
 }

@@ -56,15 +56,15 @@ func TestFetchFromTheWeb(t *testing.T) {
 			w.Write([]byte(`{"keys":[]}`))
 		}},
 		{name: "a bundle of nearly all that is allowed", answer: text(`{"keys":[]` + strings.Repeat(" ", maxBody-11) + `}`)},
-		{name: "a byte too many", answer: text(`{"keys":[]` + strings.Repeat(" ", maxBody-10) + `}`), fails: "larger than"},
-		{name: "10 MB", answer: text(strings.Repeat("x", 10<<20)), fails: "larger than"},
+		{name: "a byte too many", answer: text(`{"keys":[]` + strings.Repeat(" ", maxBody-10) + `}`), fails: "longer than"},
+		{name: "10 MB", answer: text(strings.Repeat("x", 10<<20)), fails: "longer than"},
 		{name: "a body without end", answer: func(w http.ResponseWriter, _ *http.Request) {
 			for {
 				if _, err := w.Write(make([]byte, 64<<10)); err != nil {
 					return
 				}
 			}
-		}, fails: "larger than"},
+		}, fails: "longer than"},
 		{name: "garbage", answer: text("\x00\xff\xfe garbage"), fails: "parse bundle"},
 		{name: "a page", answer: text("<html>sign in</html>"), fails: "parse bundle"},
 		{name: "nothing", answer: text(""), fails: "parse bundle"},

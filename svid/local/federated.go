@@ -9,6 +9,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"github.com/deputy-id/deputy/internal/bounded"
 	"github.com/deputy-id/deputy/internal/durable"
 	"github.com/deputy-id/deputy/svid"
 )
@@ -109,7 +110,7 @@ func encodeFederated(m map[spiffeid.TrustDomain]*svid.Bundle, td spiffeid.TrustD
 
 // readFederated returns what the file holds, or nothing if there is none.
 func readFederated(path string, td spiffeid.TrustDomain) (map[spiffeid.TrustDomain]*svid.Bundle, error) {
-	data, err := readFile(path)
+	data, err := bounded.File(path, maxFile)
 	if errors.Is(err, fs.ErrNotExist) {
 		return map[spiffeid.TrustDomain]*svid.Bundle{}, nil
 	}

@@ -14,6 +14,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"github.com/deputy-id/deputy/internal/bounded"
 	"github.com/deputy-id/deputy/internal/owned"
 )
 
@@ -77,7 +78,7 @@ type slotJSON struct {
 // file that others may read is closed to them; one that is another user's is
 // not believed.
 func readState(path string, td spiffeid.TrustDomain) (*state, error) {
-	data, err := readFile(path)
+	data, err := bounded.File(path, maxFile)
 	if errors.Is(err, fs.ErrNotExist) {
 		return &state{}, nil
 	}
@@ -99,22 +100,6 @@ func readState(path string, td spiffeid.TrustDomain) (*state, error) {
 		return nil, fmt.Errorf("read keys: %w", err)
 	}
 	return s, nil
-}
-
-func readFile(path string) ([]byte, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, maxFile+1))
-	if err != nil {
-		return nil, err
-	}
-	if len(data) > maxFile {
-		return nil, fmt.Errorf("%s: larger than %d bytes", path, maxFile)
-	}
-	return data, nil
 }
 
 // decodeStrict reads one JSON document that has no unknown key and nothing

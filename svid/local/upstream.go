@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/deputy-id/deputy/internal/bounded"
 )
 
 // Upstream names the files of an intermediate CA that our CA hangs under. They
@@ -46,7 +48,7 @@ func (u Upstream) read(td spiffeid.TrustDomain, now time.Time) (*upstream, error
 	if err != nil {
 		return nil, fmt.Errorf("read upstream bundle: %w", err)
 	}
-	data, err := readFile(u.Key)
+	data, err := bounded.File(u.Key, maxFile)
 	if err != nil {
 		return nil, fmt.Errorf("read upstream key: %w", err)
 	}
@@ -122,7 +124,7 @@ func withoutRoots(chain, roots []*x509.Certificate) []*x509.Certificate {
 }
 
 func readCertificates(path string) ([]*x509.Certificate, error) {
-	data, err := readFile(path)
+	data, err := bounded.File(path, maxFile)
 	if err != nil {
 		return nil, err
 	}

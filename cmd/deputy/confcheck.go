@@ -32,6 +32,9 @@ succeeds.`,
 			if err != nil {
 				return located(cmd, err)
 			}
+			if problems := s.checkNamed(); len(problems) > 0 {
+				return located(cmd, problems)
+			}
 			if out.json() {
 				return out.value(map[string]any{"file": args[0], "entries": len(s.entries), "warnings": len(s.warnings)})
 			}

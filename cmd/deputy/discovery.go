@@ -6,7 +6,6 @@ import (
 	"github.com/hashicorp/go-hclog"
 
 	"github.com/deputy-id/deputy/conf"
-	"github.com/deputy-id/deputy/internal/keypair"
 	"github.com/deputy-id/deputy/svid"
 	"github.com/deputy-id/deputy/svid/discovery"
 )
@@ -18,16 +17,9 @@ func listenDiscovery(c *conf.Config, a svid.Authority, log hclog.Logger) (*disco
 	if d == nil {
 		return nil, nil
 	}
-	pair, err := keypair.Open(d.CertFile.Value, d.KeyFile.Value)
+	pair, err := openPair(d.CertFile, d.KeyFile, "oidc_discovery", log)
 	if err != nil {
 		return nil, fmt.Errorf("oidc_discovery: %w", err)
-	}
-	pair.Report = func(err error) {
-		if err != nil {
-			log.Warn("certificate of oidc_discovery is not replaced, the last good one stays", "error", err)
-			return
-		}
-		log.Info("certificate of oidc_discovery replaced", "ends", pair.Certificate().NotAfter)
 	}
 	h, err := discovery.New(c.Authority.JWTIssuer.Value, a, log)
 	if err != nil {

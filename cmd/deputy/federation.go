@@ -15,7 +15,6 @@ import (
 	trustdomainv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/trustdomain/v1"
 
 	"github.com/deputy-id/deputy/conf"
-	"github.com/deputy-id/deputy/internal/keypair"
 	"github.com/deputy-id/deputy/internal/owned"
 	adminv1 "github.com/deputy-id/deputy/proto/deputy/admin/v1"
 	"github.com/deputy-id/deputy/svid"
@@ -89,16 +88,9 @@ func listenBundle(c *conf.Config, a *local.Authority, log hclog.Logger) (_ *bund
 		b.self = svid.NewSelf(a.Node(), registry.NodeID(c.TrustDomain.Value), log)
 		certificate = tlsconfig.GetCertificate(b.self)
 	} else {
-		pair, err := keypair.Open(e.CertFile.Value, e.KeyFile.Value)
+		pair, err := openPair(e.CertFile, e.KeyFile, "the bundle endpoint", log)
 		if err != nil {
 			return nil, fmt.Errorf("bundle_endpoint: %w", err)
-		}
-		pair.Report = func(err error) {
-			if err != nil {
-				log.Warn("certificate of the bundle endpoint is not replaced, the last good one stays", "error", err)
-				return
-			}
-			log.Info("certificate of the bundle endpoint replaced", "ends", pair.Certificate().NotAfter)
 		}
 		certificate = pair.GetCertificate
 	}

@@ -61,9 +61,9 @@ func newLending(c *conf.Config, authority *local.Authority, log hclog.Logger) (*
 		})
 	}
 	if k := b.Kubelet; k != nil {
-		node, err := kubernetes.New(kubernetes.Options{URL: k.URL.Value, TokenFile: k.TokenFile.Value, CAFile: k.CAFile.Value})
+		node, err := kubernetes.New(kubeletOptions(k))
 		if err != nil {
-			return l, conf.Problems{{Range: k.Range, Reason: err.Error()}}
+			return l, err
 		}
 		l.brokering.Pods = node
 	}

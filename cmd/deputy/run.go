@@ -42,6 +42,9 @@ mistake changes nothing.`,
 			if err != nil {
 				return located(cmd, err)
 			}
+			if problems := s.checkNamed(); len(problems) > 0 {
+				return located(cmd, problems)
+			}
 			ctx, stop := untilStopped(cmd.Context())
 			defer stop()
 			defer reserve()()

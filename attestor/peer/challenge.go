@@ -76,10 +76,15 @@ func (c *Conn) challenge(ctx context.Context) error {
 	if err := c.socket.SetDeadline(deadline); err != nil {
 		return err
 	}
-	stop := context.AfterFunc(ctx, func() { c.socket.SetDeadline(time.Unix(1, 0)) })
-	defer stop()
-
+	stopped := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(stopped)
+		c.socket.SetDeadline(time.Unix(1, 0))
+	})
 	err := c.answer()
+	if !stop() {
+		<-stopped // it would cut off what is written next
+	}
 	switch {
 	case err == nil:
 	case errors.Is(err, os.ErrDeadlineExceeded) && ctx.Err() != nil && !errors.Is(ctx.Err(), context.DeadlineExceeded):
@@ -95,7 +100,7 @@ func (c *Conn) challenge(ctx context.Context) error {
 	if err := c.Check(); err != nil {
 		return err
 	}
-	if !stop() {
+	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
 	return c.socket.SetDeadline(time.Time{})

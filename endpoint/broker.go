@@ -158,26 +158,15 @@ func (a *brokerAPI) lend(b *brokerLink, ref *broker.WorkloadReference) (*loan, e
 	if err != nil {
 		return nil, err
 	}
-	allowed := b.client.References
-	if b.tcp {
-		allowed = b.client.OverTCP
-	}
-	refuse := func(kind string) error {
-		if b.tcp {
-			kind += " over TCP"
-		}
-		return &fault{errBroker, "caller not configured for references to " + kind}
-	}
+	by := &borrower{b, pod != nil}
 	var sub subject
-	switch {
-	case pod != nil && !allowed.Kubernetes:
-		return nil, refuse("Kubernetes objects")
+	switch err := by.check(context.Background()); {
+	case err != nil:
+		return nil, err
 	case pod != nil && a.s.Brokering.Pods == nil:
 		return nil, badReference("references to Kubernetes objects are not resolved here")
 	case pod != nil:
 		sub = &podSubject{pods: a.s.Brokering.Pods, ref: *pod}
-	case !allowed.PID:
-		return nil, refuse("PIDs")
 	case b.elsewhere:
 		// It would name a process, and we find another one under the same number.
 		return nil, badReference("PIDs are those of the daemon's PID namespace, and the caller is in another")
@@ -186,7 +175,33 @@ func (a *brokerAPI) lend(b *brokerLink, ref *broker.WorkloadReference) (*loan, e
 			return nil, err
 		}
 	}
-	return a.s.lend(b, sub), nil
+	return a.s.lend(by, sub), nil
+}
+
+// A borrower is a broker in one call, which names its workload in one way.
+type borrower struct {
+	*brokerLink
+	pod bool // else by PID
+}
+
+func (b *borrower) check(ctx context.Context) error {
+	if err := b.brokerLink.check(ctx); err != nil {
+		return err
+	}
+	kind, over, allowed := "PIDs", "", References{}
+	if one := b.s.listed(b.id); one != nil {
+		allowed = one.References
+		if b.tcp {
+			over, allowed = " over TCP", one.OverTCP
+		}
+	}
+	switch {
+	case b.pod && allowed.Kubernetes, !b.pod && allowed.PID:
+		return nil
+	case b.pod:
+		kind = "Kubernetes objects"
+	}
+	return &fault{errBroker, "caller not configured for references to " + kind + over}
 }
 
 const maxName = 253 // bytes of a Kubernetes object's

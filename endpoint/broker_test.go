@@ -77,19 +77,17 @@ func startBrokering(t testing.TB, change ...func(*Config, *local.Options)) *brok
 		t.Fatal(err)
 	}
 	both := References{PID: true, Kubernetes: true}
-	side := &Brokering{
-		Clients: []BrokerClient{
-			{ID: runtimeID, References: both, OverTCP: References{Kubernetes: true}},
-			{ID: farID, References: both, OverTCP: both},
-			{ID: spiffeid.RequireFromPath(domain, "/pids"), References: References{PID: true}},
-		},
-		Pods: node,
-	}
+	side := &Brokering{Pods: node}
 	c := &cast{others: make(map[int32]*evidence)}
 	c.told.L = &c.mu
 	w := start(t, append(slices.Clone(change), func(config *Config, _ *local.Options) {
 		c.us = config.Attestors.(*evidence)
 		config.Attestors, config.Brokering = c, side
+		config.Borrowers.Brokers = []Broker{
+			{ID: runtimeID, References: both, OverTCP: References{Kubernetes: true}},
+			{ID: farID, References: both, OverTCP: both},
+			{ID: spiffeid.RequireFromPath(domain, "/pids"), References: References{PID: true}},
+		}
 	})...)
 	self := svid.NewSelf(w.authority.Node(), registry.NodeID(domain), nil)
 	t.Cleanup(func() { self.Close() })
@@ -475,7 +473,7 @@ func TestReferencesThatAreNotForThisBroker(t *testing.T) {
 	brokered(t, subscribe(t, pids, toPID(t, pid)), "/a")
 	wantEnd(t, subscribe(t, pids, toPod(t, "demo", "")), codes.PermissionDenied, "")
 
-	link := &brokerLink{s: b.Server, client: &b.Brokering.Clients[0], elsewhere: true}
+	link := &brokerLink{s: b.Server, id: runtimeID, until: time.Now().Add(time.Hour), over: make(chan struct{}), elsewhere: true}
 	_, err := (&brokerAPI{s: b.Server}).lend(link, toPID(t, pid))
 	wantReason(t, brokerStatus(err), codes.InvalidArgument, "WORKLOAD_REFERENCE_INVALID")
 	b.Brokering.Pods = nil

@@ -54,7 +54,7 @@ func (d *delegate) check(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if slices.ContainsFunc(v.Entries, func(e registry.Entry) bool { return slices.Contains(d.s.Delegates, e.SPIFFEID) }) {
+	if slices.ContainsFunc(v.Entries, func(e registry.Entry) bool { return d.s.isDelegate(e.SPIFFEID) }) {
 		return d.s.check(d.l)
 	}
 	if err := v.verdict(); err != nil {

@@ -96,7 +96,7 @@ func startLending(t testing.TB, change ...func(*Config, *local.Options)) *lender
 	w := start(t, append(slices.Clone(change), func(config *Config, _ *local.Options) {
 		c.us = config.Attestors.(*evidence)
 		c.us.ev.Selectors = []attestor.Selector{proxy}
-		config.Attestors, config.Delegates = c, []spiffeid.ID{proxyID}
+		config.Attestors, config.Borrowers.Delegates = c, []spiffeid.ID{proxyID}
 	})...)
 	socket := filepath.Join(t.TempDir(), "delegated.sock")
 	l, err := peer.Listen(socket, w.Processes, peer.Options{Mode: 0o666, Group: -1, Admit: w.Admit})

@@ -45,6 +45,7 @@ import (
 
 	"github.com/deputy-id/deputy/attestor"
 	"github.com/deputy-id/deputy/attestor/peer"
+	"github.com/deputy-id/deputy/internal/watch"
 	adminv1 "github.com/deputy-id/deputy/proto/deputy/admin/v1"
 	"github.com/deputy-id/deputy/svid"
 	"github.com/deputy-id/deputy/svid/registry"
@@ -74,10 +75,10 @@ type Config struct {
 	Names      names       // nil: no process can be registered under a name
 	AdminGroup int         // GID whose members may administer beside root and the daemon's own user; -1: none
 
-	// For those who hand SVIDs to others: whom they act for, and keys that
-	// nobody else has.
-	Delegates []spiffeid.ID // may use the delegated socket
-	Brokering *Brokering    // nil: no Broker API
+	// For those who get the SVIDs of others: who they are, and keys that nobody
+	// else has.
+	Borrowers Borrowers
+	Brokering *Brokering // nil: no Broker API
 	Lent      *svid.Keeper
 
 	SecretNames     SecretNames // zero: DefaultSecretNames
@@ -102,6 +103,7 @@ type Server struct {
 	loans     atomic.Uint64 // IDs of their holders
 	pins      atomic.Int64  // processes that are held for others
 	graves    *graves
+	borrowers *watch.Value[Borrowers]
 
 	mu       sync.Mutex // guards sessions
 	sessions map[uint64]*session
@@ -122,6 +124,8 @@ func New(c Config) *Server {
 		stopping: make(chan struct{}),
 		graves:   newGraves(),
 		sessions: make(map[uint64]*session),
+
+		borrowers: watch.New(c.Borrowers),
 	}
 	s.stop = sync.OnceFunc(func() { close(s.stopping) })
 

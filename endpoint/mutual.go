@@ -29,19 +29,8 @@ type Brokering struct {
 		x509svid.Source
 		x509bundle.Source
 	}
-	Clients []BrokerClient
-	Pods    pods // nil: references to Kubernetes objects are not resolved
+	Pods pods // nil: references to Kubernetes objects are not resolved
 }
-
-// A BrokerClient may get the SVIDs of others.
-type BrokerClient struct {
-	ID         spiffeid.ID
-	References References // over a Unix socket
-	OverTCP    References
-}
-
-// References are the ways to name a workload.
-type References struct{ PID, Kubernetes bool }
 
 // Bounds of what brokers, and those who would be, may hold open.
 const (
@@ -121,8 +110,7 @@ func (h *brokerShaker) shake(raw net.Conn, b *brokerLink, from *account) error {
 	}
 	b.until = slices.MinFunc(b.chain, func(x, y *x509.Certificate) int { return x.NotAfter.Compare(y.NotAfter) }).NotAfter
 	owner, most := "broker", strangerConns
-	if i := slices.IndexFunc(h.s.Brokering.Clients, func(c BrokerClient) bool { return c.ID == b.id }); i >= 0 {
-		b.client = &h.s.Brokering.Clients[i]
+	if h.s.listed(b.id) != nil {
 		owner, most = "broker "+b.id.String(), brokerConns
 	}
 	b.acct, b.release, err = h.s.budget.claim(owner, most)
@@ -186,7 +174,7 @@ func (s *Server) verifyBroker(chain []*x509.Certificate) error {
 		return err
 	case id.Path() == "":
 		return fmt.Errorf("%s is a trust domain, not a workload", id)
-	case td != s.TrustDomain && !slices.ContainsFunc(s.Brokering.Clients, func(c BrokerClient) bool { return c.ID.MemberOf(td) }):
+	case td != s.TrustDomain && !slices.ContainsFunc(s.brokers(), func(b Broker) bool { return b.ID.MemberOf(td) }):
 		return fmt.Errorf("no broker is of the trust domain %s", td)
 	case leaf.KeyUsage&x509.KeyUsageDigitalSignature == 0:
 		return errors.New("the certificate's key usage lacks digitalSignature") // X509-SVID §4.3, which go-spiffe does not check
@@ -204,7 +192,6 @@ type brokerLink struct {
 	*tls.Conn
 	s         *Server
 	id        spiffeid.ID
-	client    *BrokerClient // nil: not on the list
 	tcp       bool
 	elsewhere bool // its PIDs are not ours
 	chain     []*x509.Certificate
@@ -278,7 +265,7 @@ func (b *brokerLink) check(context.Context) error {
 	switch {
 	case closed(b.over), time.Now().After(b.until):
 		return errExpired
-	case b.client == nil:
+	case b.s.listed(b.id) == nil:
 		return errBroker
 	}
 	return nil

@@ -203,7 +203,12 @@ func (o *loan) stream(ctx context.Context, st grpc.ServerStream, next func(conte
 
 // followFor is follow for a caller and a subject.
 func (s *Server) followFor(ctx context.Context, st grpc.ServerStream, caller, subject ending, next func(*state) (*state, error)) error {
-	return s.follow(st, next, func(has *state, again <-chan time.Time) error {
+	var borrowers <-chan struct{}
+	look := func(has *state) (*state, error) {
+		_, borrowers = s.borrowers.Load()
+		return next(has)
+	}
+	return s.follow(st, look, func(has *state, again <-chan time.Time) error {
 		var poll <-chan time.Time
 		if has.poll > 0 {
 			timer := time.NewTimer(jitter(has.poll))
@@ -221,6 +226,7 @@ func (s *Server) followFor(ctx context.Context, st grpc.ServerStream, caller, su
 			return errStopping
 		case <-has.stale:
 		case <-has.entries:
+		case <-borrowers:
 		case <-poll:
 		case <-again:
 		}

@@ -34,6 +34,7 @@ type daemon struct {
 	store    *registry.Store
 	book     *claims.Rulebook
 	follower *federation.Follower
+	server   *endpoint.Server
 }
 
 // run serves until the context ends. What it opens it closes, the last first.
@@ -102,7 +103,7 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	server := endpoint.New(endpoint.Config{
+	d.server = endpoint.New(endpoint.Config{
 		TrustDomain: c.TrustDomain.Value,
 		Attestors:   attestor.NewSet(d.log, d.demand, src.list...),
 		Registry:    d.store,
@@ -115,7 +116,7 @@ func (d *daemon) run(ctx context.Context) (err error) {
 		Follower:    d.follower,
 		Names:       src.names,
 		AdminGroup:  group,
-		Delegates:   lent.delegates,
+		Borrowers:   borrowers(c),
 		Brokering:   lent.brokering,
 		Lent:        lent.keeper,
 		WIT:         options.WIT,
@@ -127,7 +128,7 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	if err := makeDirs(c, group); err != nil {
 		return err
 	}
-	workload, err := peer.Listen(c.WorkloadSocket.Path.Value, table, peer.Options{Mode: 0o666, Group: -1, Admit: server.Admit, Log: d.log})
+	workload, err := peer.Listen(c.WorkloadSocket.Path.Value, table, peer.Options{Mode: 0o666, Group: -1, Admit: d.server.Admit, Log: d.log})
 	if err != nil {
 		return err
 	}
@@ -141,7 +142,7 @@ func (d *daemon) run(ctx context.Context) (err error) {
 		return err
 	}
 	opened = append(opened, closing(admin))
-	if err := lent.listen(table, server); err != nil {
+	if err := lent.listen(table, d.server); err != nil {
 		return err
 	}
 	relying, err := listenDiscovery(c, authority, d.log)
@@ -159,10 +160,10 @@ func (d *daemon) run(ctx context.Context) (err error) {
 		opened = append(opened, bundles.Close)
 	}
 	work, ctx := errgroup.WithContext(ctx)
-	work.Go(func() error { return server.Run(ctx) })
-	work.Go(func() error { return server.ServeWorkload(workload) })
-	work.Go(func() error { return server.ServeAdmin(admin) })
-	lent.serve(server, work)
+	work.Go(func() error { return d.server.Run(ctx) })
+	work.Go(func() error { return d.server.ServeWorkload(workload) })
+	work.Go(func() error { return d.server.ServeAdmin(admin) })
+	lent.serve(d.server, work)
 	work.Go(func() error { return authority.Run(ctx) })
 	work.Go(func() error { return d.store.Run(ctx) })
 	work.Go(func() error { return d.book.Run(ctx) })

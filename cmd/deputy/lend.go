@@ -7,7 +7,6 @@ import (
 	"path/filepath"
 
 	"github.com/hashicorp/go-hclog"
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/deputy-id/deputy/attestor/kubernetes"
@@ -25,7 +24,6 @@ type lending struct {
 	c         *conf.Config
 	log       hclog.Logger
 	keeper    *svid.Keeper // nobody but its borrower has a key of it; nil without borrowers
-	delegates []spiffeid.ID
 	brokering *endpoint.Brokering
 
 	delegated net.Listener
@@ -45,9 +43,6 @@ func newLending(c *conf.Config, authority *local.Authority, log hclog.Logger) (*
 		return l, nil
 	}
 	l.keeper = svid.NewKeeper(authority, svid.KeeperOptions{KeyType: svid.KeyType(c.Authority.WorkloadKeyType.Value), Log: log})
-	if d := c.DelegatedIdentity; d != nil {
-		l.delegates = values(d.Delegates)
-	}
 	b := c.Broker
 	if b == nil {
 		return l, nil
@@ -55,11 +50,6 @@ func newLending(c *conf.Config, authority *local.Authority, log hclog.Logger) (*
 	self := svid.NewSelf(authority.Node(), registry.NodeID(c.TrustDomain.Value), log)
 	l.opened = append(l.opened, self.Close)
 	l.brokering = &endpoint.Brokering{Identity: self}
-	for _, one := range b.Clients {
-		l.brokering.Clients = append(l.brokering.Clients, endpoint.BrokerClient{
-			ID: one.ID.Value, References: references(one.References), OverTCP: references(one.OverTCP),
-		})
-	}
 	if k := b.Kubelet; k != nil {
 		node, err := kubernetes.New(kubeletOptions(k))
 		if err != nil {
@@ -68,6 +58,22 @@ func newLending(c *conf.Config, authority *local.Authority, log hclog.Logger) (*
 		l.brokering.Pods = node
 	}
 	return l, nil
+}
+
+// borrowers are those that the configuration names.
+func borrowers(c *conf.Config) (b endpoint.Borrowers) {
+	if d := c.DelegatedIdentity; d != nil {
+		b.Delegates = values(d.Delegates)
+	}
+	if c.Broker == nil {
+		return b
+	}
+	for _, one := range c.Broker.Clients {
+		b.Brokers = append(b.Brokers, endpoint.Broker{
+			ID: one.ID.Value, References: references(one.References), OverTCP: references(one.OverTCP),
+		})
+	}
+	return b
 }
 
 func references(all []conf.Setting[conf.Reference]) (r endpoint.References) {
@@ -147,13 +153,10 @@ func (l *lending) Close() error {
 // lendingValues is for needRestart.
 func lendingValues(c *conf.Config) (delegated, broker any) {
 	if d := c.DelegatedIdentity; d != nil {
-		delegated = []any{d.Socket.Value, values(d.Delegates)}
+		delegated = d.Socket.Value
 	}
 	if b := c.Broker; b != nil {
 		all := []any{b.Socket.Value, b.Address.Value}
-		for _, one := range b.Clients {
-			all = append(all, one.ID.Value, values(one.References), values(one.OverTCP))
-		}
 		if k := b.Kubelet; k != nil {
 			all = append(all, k.URL.Value, k.TokenFile.Value, k.CAFile.Value)
 		}

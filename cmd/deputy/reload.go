@@ -125,9 +125,10 @@ func (d *daemon) follow(ctx context.Context, r *reloads) error {
 	}
 }
 
-// reload puts the entries, the claims, the relationships with other trust domains and the log level of the file in force. A file with
-// a mistake changes nothing: taking identities away because of one would stop
-// every agent of the host.
+// reload puts in force what the file has of entries, claims, borrowers,
+// relationships with other trust domains, and log level. A file with a mistake
+// changes nothing: taking identities away because of one would stop every agent
+// of the host.
 func (d *daemon) reload() {
 	next, err := load(d.file)
 	var problems conf.Problems
@@ -155,6 +156,7 @@ func (d *daemon) reload() {
 	}
 	d.book.Put(next.claims)
 	d.follower.Follow(next.relationships)
+	d.server.SetBorrowers(borrowers(next.Config))
 	for _, key := range needRestart(d.settings.Config, next.Config) {
 		d.log.Warn("changed setting needs a restart", "setting", key)
 	}

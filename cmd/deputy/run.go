@@ -20,9 +20,9 @@ or SIGINT. Without a configuration file it runs with safe defaults: for root in
 /run/deputy and /var/lib/deputy, for another user in that user's own runtime and
 state directories, which is for development only.
 
-SIGHUP, or a change of the file, reloads entries, claims, federates_with and the log
-level; the log names what else was changed and needs a restart. A file with a
-mistake changes nothing.`,
+SIGHUP, or a change of the file, reloads entries, claims, federates_with, the
+clients of broker, authorized_delegates and the log level; the log names what else
+was changed and needs a restart. A file with a mistake changes nothing.`,
 		Example: `  sudo deputy run
   sudo deputy run --config /etc/deputy/deputy.hcl`,
 		Args: cobra.NoArgs,

@@ -119,20 +119,22 @@ func look(root, pkg string) error {
 	})
 }
 
-// moduleRoot is the directory of go.mod at or above the working directory,
-// which in a test is that of its package.
+// moduleRoot is the directory of this module, at or above the working directory,
+// which in a test is that of its package. Some tests have a module of their own
+// below it.
 func moduleRoot() (string, error) {
 	dir, err := os.Getwd()
 	if err != nil {
 		return "", err
 	}
 	for {
-		if _, err := os.Stat(filepath.Join(dir, "go.mod")); err == nil {
+		text, err := os.ReadFile(filepath.Join(dir, "go.mod"))
+		if err == nil && strings.HasPrefix(string(text), "module github.com/deputy-id/deputy\n") {
 			return dir, nil
 		}
 		parent := filepath.Dir(dir)
 		if parent == dir {
-			return "", errors.New("no go.mod at or above the working directory")
+			return "", errors.New("no module of deputy at or above the working directory")
 		}
 		dir = parent
 	}

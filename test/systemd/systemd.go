@@ -14,7 +14,11 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"testing/fstest"
 	"time"
+
+	"github.com/deputy-id/deputy/test/need"
+	"github.com/deputy-id/deputy/test/process"
 )
 
 //go:embed units
@@ -22,6 +26,35 @@ var base embed.FS
 
 //go:embed init.sh
 var script string
+
+// Units are units of a test's own, by name.
+type Units map[string]string
+
+// Open opens one as a file, without the dependencies that units have by default
+// and the node has not.
+func (u Units) Open(name string) (fs.File, error) {
+	files := make(fstest.MapFS)
+	for name, text := range u {
+		if !strings.Contains(text, "[Unit]\n") {
+			text = "[Unit]\n" + text
+		}
+		files[name] = &fstest.MapFile{Data: []byte(strings.Replace(text, "[Unit]\n", "[Unit]\nDefaultDependencies=no\n", 1))}
+	}
+	return files.Open(name)
+}
+
+// Log returns a file for what a unit says (StandardError=append:FILE), which is
+// shown should the test fail.
+func Log(tb testing.TB) (file string) {
+	tb.Helper()
+	file = filepath.Join(tb.TempDir(), "log")
+	tb.Cleanup(func() {
+		if text, err := os.ReadFile(file); err == nil && tb.Failed() {
+			tb.Logf("log of a unit:\n%s", text)
+		}
+	})
+	return file
+}
 
 // A Node is a running systemd.
 type Node struct{ PID int }
@@ -32,53 +65,43 @@ type Node struct{ PID int }
 func Start(tb testing.TB, units fs.FS) *Node {
 	tb.Helper()
 	for _, program := range []string{"/lib/systemd/systemd", "/usr/bin/dbus-daemon"} {
-		if _, err := os.Stat(program); err != nil {
-			if os.Getenv("CI") != "" {
-				tb.Fatal(err)
-			}
-			tb.Skipf("LOUD: not tested against systemd: %v", err)
-		}
+		need.Program(tb, program)
 	}
 	if os.Geteuid() != 0 {
 		tb.Fatal("a systemd of one's own needs root")
 	}
 	c := &exec.Cmd{Path: "/bin/bash", SysProcAttr: &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}}
-	var log strings.Builder
-	c.Stdout, c.Stderr = &log, &log
 	v1, v2 := mounts()
 	tops := cgroups(tb, v1, v2)
 	// The namespace's root is the cgroup in which it is made.
 	c.Args = append([]string{"bash", "-c", `for d in ` + strings.Join(tops, " ") + `; do echo $$ >$d/cgroup.procs; done; exec "$@"`, "sh"},
 		"unshare", "--pid", "--fork", "--kill-child", "--mount", "--uts", "--ipc", "--net", "--cgroup",
 		"bash", "-c", script, "init.sh", lay(tb, units), v1, v2)
-	if err := c.Start(); err != nil {
-		tb.Fatal(err)
-	}
+	p := process.Start(tb, c)
 	tb.Cleanup(func() {
-		c.Process.Kill() // and with it, by --kill-child, that systemd
-		c.Wait()
-		if tb.Failed() {
-			tb.Logf("systemd said:\n%s", log.String())
-		}
+		p.Signal(tb, syscall.SIGKILL) // and with it, by --kill-child, that systemd
+		p.Wait(tb)
 	})
-	for end := time.Now().Add(20 * time.Second); time.Now().Before(end); {
-		children, _ := os.ReadFile(fmt.Sprintf("/proc/%d/task/%[1]d/children", c.Process.Pid))
-		if pid, err := strconv.Atoi(strings.TrimSpace(string(children))); err == nil {
-			n := &Node{pid}
-			if n.Command("systemctl", "is-active", "-q", "up.target").Run() == nil {
-				return n
-			}
-		}
-		<-time.After(50 * time.Millisecond) // another program's start: there is nothing to wait on
-	}
-	tb.Fatal("systemd did not come up in 20 seconds")
-	return nil
+	n := new(Node)
+	p.Until(tb, "up.target", func() bool {
+		children, _ := os.ReadFile(fmt.Sprintf("/proc/%d/task/%[1]d/children", p.PID()))
+		var err error
+		n.PID, err = strconv.Atoi(strings.TrimSpace(string(children)))
+		return err == nil && n.Command("systemctl", "is-active", "-q", "up.target").Run() == nil
+	})
+	return n
 }
 
 // Command is one in the node's namespaces. Its cgroup stays the test's: for
 // the node's processes it stands outside.
 func (n *Node) Command(name string, args ...string) *exec.Cmd {
 	return exec.Command("nsenter", append([]string{"-a", "-t", strconv.Itoa(n.PID), name}, args...)...)
+}
+
+// Run runs a command in the node, which has to end well, and returns what it said.
+func (n *Node) Run(tb testing.TB, name string, args ...string) string {
+	tb.Helper()
+	return process.Run(tb, n.Command(name, args...))
 }
 
 // lay puts the units into a directory that everybody may read.

@@ -21,6 +21,11 @@ import (
 	"time"
 
 	"github.com/deputy-id/deputy/test/binary"
+	"github.com/deputy-id/deputy/test/daemon"
+	"github.com/deputy-id/deputy/test/need"
+	"github.com/deputy-id/deputy/test/process"
+	"github.com/deputy-id/deputy/test/scratch"
+	"github.com/deputy-id/deputy/test/wait"
 )
 
 const victimUID, attackerUID = 61001, 61002
@@ -45,34 +50,11 @@ type scene struct {
 
 func newScene(t *testing.T) *scene {
 	t.Helper()
-	if os.Getuid() != 0 {
-		if os.Getenv("CI") != "" {
-			t.Fatal("the attacks start processes of other users: they need root")
-		}
-		t.Skip("SKIPPED: the attacks start processes of other users: they need root")
-	}
-	dir, err := os.MkdirTemp("", "atk")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	if err := os.Chmod(dir, 0o755); err != nil {
-		t.Fatal(err)
-	}
+	need.Root(t, "processes of other users")
+	dir := scratch.Dir(t)
 	s := &scene{
-		socket:   filepath.Join(dir, "public/w.sock"),
-		victim:   filepath.Join(dir, "victim"),
-		attacker: filepath.Join(dir, "attacker"),
-		forged:   filepath.Join(dir, "cgroup"),
-	}
-	self, err := os.ReadFile("/proc/self/exe")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, p := range []string{s.victim, s.attacker} {
-		if err := os.WriteFile(p, self, 0o755); err != nil {
-			t.Fatal(err)
-		}
+		victim:   scratch.Program(t, filepath.Join(dir, "victim"), "/proc/self/exe"),
+		attacker: scratch.Program(t, filepath.Join(dir, "attacker"), "/proc/self/exe"),
 	}
 	name := filepath.Base(dir)
 	for _, root := range []string{"/sys/fs/cgroup/unified", "/sys/fs/cgroup/systemd", "/sys/fs/cgroup"} {
@@ -84,26 +66,15 @@ func newScene(t *testing.T) *scene {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() {
-			for end := time.Now().Add(5 * time.Second); time.Now().Before(end) && os.Remove(cg) != nil; time.Sleep(50 * time.Millisecond) {
-			}
+			wait.Until(t, "the end of all in "+cg, func() bool { return os.Remove(cg) == nil })
 		})
 		s.cgroups = append(s.cgroups, cg)
 	}
 	if len(s.cgroups) == 0 {
 		t.Fatal("no cgroup hierarchy with processes found")
 	}
-	if err := os.WriteFile(s.forged, fmt.Appendf(nil, "1:name=systemd:/%s\n0::/%s\n", name, name), 0o644); err != nil {
-		t.Fatal(err)
-	}
-
-	deputy := binary.Deputy(t)
-	config := filepath.Join(dir, "deputy.hcl")
-	if err := os.WriteFile(config, fmt.Appendf(nil, `
-trust_domain = "attack.example"
-data_dir     = %q
-workload_socket { path = %q }
-admin_socket { path = %q }
-
+	s.forged = scratch.Write(t, filepath.Join(dir, "cgroup"), fmt.Sprintf("1:name=systemd:/%s\n0::/%s\n", name, name))
+	s.socket = daemon.Start(t, "attack.example", fmt.Sprintf(`
 entry "/victim/path" {
   selectors = ["unix:path:%s"]
 }
@@ -115,38 +86,8 @@ entry "/victim/user" {
 entry "/victim/cgroup" {
   selectors = ["cgroup:path:/%s"]
 }
-`, filepath.Join(dir, "data"), s.socket, filepath.Join(dir, "private/a.sock"), s.victim, victimUID, name), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	var log bytes.Buffer
-	daemon := exec.Command(deputy, "run", "--config", config)
-	daemon.Stderr = &log
-	if err := daemon.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		daemon.Process.Signal(syscall.SIGTERM)
-		if err := daemon.Wait(); err != nil {
-			t.Errorf("deputy run: %v", err)
-		}
-		if t.Failed() {
-			t.Logf("log of the daemon:\n%s", &log)
-		}
-	})
-	for end := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
-		if exec.Command(deputy, "health", "--socket", s.socket).Run() == nil {
-			return s
-		}
-		if time.Now().After(end) {
-			t.Fatalf("deputy did not become healthy:\n%s", &log)
-		}
-	}
-}
-
-// user makes the command run as this user.
-func user(cmd *exec.Cmd, uid uint32) *exec.Cmd {
-	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}
-	return cmd
+`, s.victim, victimUID, name)).Workload
+	return s
 }
 
 // run runs an attack and returns what it printed. That it ends with an error
@@ -194,14 +135,14 @@ func denied(t *testing.T, cmd *exec.Cmd) {
 
 func TestAnotherUser(t *testing.T) {
 	s := newScene(t)
-	granted(t, user(as("fetch", s.attacker, s.socket), victimUID), "/victim/user")
-	denied(t, user(as("fetch", s.attacker, s.socket), attackerUID))
+	granted(t, process.As(victimUID, as("fetch", s.attacker, s.socket)), "/victim/user")
+	denied(t, process.As(attackerUID, as("fetch", s.attacker, s.socket)))
 }
 
 func TestChildThatInheritedTheConnection(t *testing.T) {
 	s := newScene(t)
-	granted(t, user(as("fetch", s.victim, s.socket), attackerUID), "/victim/path")
-	out, errs := plundered(t, user(as("inherit", s.victim, s.socket, s.attacker), attackerUID))
+	granted(t, process.As(attackerUID, as("fetch", s.victim, s.socket)), "/victim/path")
+	out, errs := plundered(t, process.As(attackerUID, as("inherit", s.victim, s.socket, s.attacker)))
 	if out != "" {
 		t.Errorf("the child got %q", out)
 	}
@@ -212,12 +153,12 @@ func TestChildThatInheritedTheConnection(t *testing.T) {
 
 func TestProgramReplacedWhileAChildReads(t *testing.T) {
 	s := newScene(t)
-	granted(t, user(as("fetch", s.victim, s.socket), attackerUID), "/victim/path")
+	granted(t, process.As(attackerUID, as("fetch", s.victim, s.socket)), "/victim/path")
 	var attacks sync.WaitGroup
 	for _, wait := range []time.Duration{0, 100 * time.Microsecond, 300 * time.Microsecond, time.Millisecond, 3 * time.Millisecond, 10 * time.Millisecond, 50 * time.Millisecond} {
 		for range 5 {
 			attacks.Go(func() {
-				out, errs, err := run(user(as("swap", s.attacker, s.socket, s.attacker, s.victim, wait.String()), attackerUID))
+				out, errs, err := run(process.As(attackerUID, as("swap", s.attacker, s.socket, s.attacker, s.victim, wait.String())))
 				if out != "" || errs != "" || err != nil {
 					t.Errorf("executing the victim's program after %s: the child got %q, want nothing; %q, %v", wait, out, errs, err)
 				}
@@ -235,23 +176,17 @@ func TestProgramThatEchoesTheChallenge(t *testing.T) {
 	}
 	// cat, at the victim's path, with the connection as its input and output,
 	// would send the challenge back.
-	raw, err := os.ReadFile(cat)
-	if err != nil {
-		t.Fatal(err)
-	}
 	if err := os.Remove(s.victim); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(s.victim, raw, 0o755); err != nil {
-		t.Fatal(err)
-	}
+	scratch.Program(t, s.victim, cat)
 	fd, err := syscall.Socket(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
 	conn := os.NewFile(uintptr(fd), "connection")
 	defer conn.Close()
-	echo := user(exec.Command("/bin/sh", "-c", "exec "+s.victim), attackerUID)
+	echo := process.As(attackerUID, exec.Command("/bin/sh", "-c", "exec "+s.victim))
 	if err := syscall.Connect(fd, &syscall.SockaddrUnix{Name: s.socket}); err != nil {
 		t.Fatal(err)
 	}
@@ -278,7 +213,7 @@ func TestProgramThatEchoesTheChallenge(t *testing.T) {
 
 func TestProgramMountedOverAnother(t *testing.T) {
 	s := newScene(t)
-	granted(t, user(as("fetch", s.victim, s.socket), attackerUID), "/victim/path")
+	granted(t, process.As(attackerUID, as("fetch", s.victim, s.socket)), "/victim/path")
 	cmd := as("bind", s.attacker, s.socket, s.attacker, s.victim)
 	namespaces(cmd, syscall.CLONE_NEWUSER|syscall.CLONE_NEWNS)
 	denied(t, cmd)
@@ -308,5 +243,5 @@ func namespaces(cmd *exec.Cmd, flags uintptr) {
 	cmd.Path = "/bin/sh"
 	cmd.Args = []string{"sh", "-c", "exec unshare " + option + " " + self + " '" + args + "'"}
 	cmd.Env = append(cmd.Env, "PATH=/usr/bin:/bin")
-	user(cmd, attackerUID)
+	process.As(attackerUID, cmd)
 }

@@ -9,11 +9,9 @@ import (
 	"io"
 	"net"
 	"os"
-	"os/exec"
 	"strconv"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
@@ -24,6 +22,9 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 
 	adminv1 "github.com/deputy-id/deputy/proto/deputy/admin/v1"
+	"github.com/deputy-id/deputy/test/need"
+	"github.com/deputy-id/deputy/test/process"
+	"github.com/deputy-id/deputy/test/wait"
 )
 
 // Users of the tests: numbers that no distribution gives away.
@@ -31,17 +32,11 @@ const otherUID, crowdUID = 61011, 61012
 
 const others = "entry \"/agent/other\" {\n  selectors = [\"unix:uid:61011\"]\n}\n"
 
-// user makes a command run as this user.
-func user(cmd *exec.Cmd, uid uint32) *exec.Cmd {
-	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}
-	return cmd
-}
-
 // othersAreServed wants another user to get its identity, and soon.
-func (d *daemon) othersAreServed(t *testing.T) {
+func (d *host) othersAreServed(t *testing.T) {
 	t.Helper()
 	begin := time.Now()
-	out, err := user(d.cli("fetch", "x509"), otherUID).CombinedOutput()
+	out, err := process.As(otherUID, d.Command("fetch", "x509")).CombinedOutput()
 	if err != nil || !strings.Contains(string(out), "/agent/other") {
 		t.Fatalf("another user: %v\n%s", err, out)
 	}
@@ -52,9 +47,9 @@ func (d *daemon) othersAreServed(t *testing.T) {
 }
 
 // descriptors are those that the daemon has open.
-func (d *daemon) descriptors(t *testing.T) int {
+func (d *host) descriptors(t *testing.T) int {
 	t.Helper()
-	all, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", d.cmd.Process.Pid))
+	all, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", d.PID()))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -62,10 +57,10 @@ func (d *daemon) descriptors(t *testing.T) int {
 }
 
 // rss is the daemon's resident memory in KiB, after a collection.
-func (d *daemon) rss(t *testing.T) int {
+func (d *host) rss(t *testing.T) int {
 	t.Helper()
 	d.profile(t, adminv1.ProfileRequest_KIND_HEAP) // collects, and gives memory back
-	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", d.cmd.Process.Pid))
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", d.PID()))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -78,7 +73,7 @@ func (d *daemon) rss(t *testing.T) int {
 }
 
 // goroutines are the daemon's.
-func (d *daemon) goroutines(t *testing.T) (n int) {
+func (d *host) goroutines(t *testing.T) (n int) {
 	t.Helper()
 	z, err := gzip.NewReader(bytes.NewReader(d.profile(t, adminv1.ProfileRequest_KIND_GOROUTINE)))
 	if err != nil {
@@ -133,11 +128,11 @@ func each(t *testing.T, msg []byte, f func(protowire.Number, uint64, []byte)) {
 	}
 }
 
-func (d *daemon) profile(t *testing.T, kind adminv1.ProfileRequest_Kind) []byte {
+func (d *host) profile(t *testing.T, kind adminv1.ProfileRequest_Kind) []byte {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	ctx, cancel := context.WithTimeout(t.Context(), wait.Patience)
 	defer cancel()
-	conn := dial(t, d.admin)
+	conn := dial(t, d.Admin)
 	defer conn.Close()
 	st, err := adminv1.NewAdminClient(conn).Profile(ctx, &adminv1.ProfileRequest{Kind: kind})
 	if err != nil {
@@ -179,9 +174,9 @@ func hold(args []string) error {
 }
 
 // crowd starts that role as a user of its own, and returns what it will say.
-func (d *daemon) crowd(t *testing.T, n int) (lines func() string) {
+func (d *host) crowd(t *testing.T, n int) (lines func() string) {
 	t.Helper()
-	cmd := user(as("hold", d.workload, strconv.Itoa(n)), crowdUID)
+	cmd := process.As(crowdUID, as("hold", d.Workload, strconv.Itoa(n)))
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -202,9 +197,9 @@ func (d *daemon) crowd(t *testing.T, n int) (lines func() string) {
 }
 
 func TestFiveHundredClientsThatSayNothing(t *testing.T) {
-	needRoot(t)
+	need.Root(t, "processes of other users")
 	t.Parallel()
-	d := newPlace(t, mine()+others).start(t)
+	d := start(t, mine()+others)
 	d.fetches(t, "/agent/me")
 	d.othersAreServed(t)
 	descriptors, goroutines := d.descriptors(t), d.goroutines(t)
@@ -228,9 +223,9 @@ func TestFiveHundredClientsThatSayNothing(t *testing.T) {
 }
 
 // returnsTo waits until the daemon has no more open than it had before.
-func (d *daemon) returnsTo(t *testing.T, descriptors, goroutines int) {
+func (d *host) returnsTo(t *testing.T, descriptors, goroutines int) {
 	t.Helper()
-	eventually(t, func() error {
+	wait.UntilNil(t, func() error {
 		if n := d.descriptors(t); n > descriptors+8 {
 			return fmt.Errorf("got %d descriptors, want those %d of before", n, descriptors)
 		}
@@ -242,9 +237,9 @@ func (d *daemon) returnsTo(t *testing.T, descriptors, goroutines int) {
 }
 
 func TestTenThousandStreams(t *testing.T) {
-	needRoot(t)
+	need.Root(t, "processes of other users")
 	t.Parallel()
-	d := newPlace(t, mine()+others).start(t)
+	d := start(t, mine()+others)
 	d.fetches(t, "/agent/me")
 	d.othersAreServed(t)
 	memory, descriptors, goroutines := d.rss(t), d.descriptors(t), d.goroutines(t)
@@ -255,7 +250,7 @@ func TestTenThousandStreams(t *testing.T) {
 	var opened sync.WaitGroup
 	failures := make(chan error, conns*streams)
 	for range conns {
-		api := workload.NewSpiffeWorkloadAPIClient(dial(t, d.workload))
+		api := workload.NewSpiffeWorkloadAPIClient(dial(t, d.Workload))
 		for range streams {
 			opened.Go(func() {
 				st, err := api.FetchX509SVID(ctx, &workload.X509SVIDRequest{})
@@ -282,7 +277,7 @@ func TestTenThousandStreams(t *testing.T) {
 	cancel()
 	d.othersAreServed(t)
 	d.returnsTo(t, descriptors+2*conns, goroutines+8*conns) // the connections stay
-	eventually(t, func() error {
+	wait.UntilNil(t, func() error {
 		if now := d.rss(t); now > memory+64<<10 {
 			return fmt.Errorf("got %d KiB resident, want about the %d of before", now, memory)
 		}
@@ -298,8 +293,8 @@ func withHeader(ctx context.Context) context.Context {
 // on the same connection is served.
 func TestRequestsThatAreWrong(t *testing.T) {
 	t.Parallel()
-	d := newPlace(t, mine()).start(t)
-	api := workload.NewSpiffeWorkloadAPIClient(dial(t, d.workload))
+	d := start(t, mine())
+	api := workload.NewSpiffeWorkloadAPIClient(dial(t, d.Workload))
 	token := func(ctx context.Context, id string, audience ...string) error {
 		_, err := api.FetchJWTSVID(ctx, &workload.JWTSVIDRequest{SpiffeId: id, Audience: audience})
 		return err
@@ -324,7 +319,7 @@ func TestRequestsThatAreWrong(t *testing.T) {
 		"token of half a MiB":    {ask: func(ctx context.Context) error { return validate(ctx, strings.Repeat("a.", 1<<18)) }, want: codes.InvalidArgument},
 	} {
 		t.Run(name, func(t *testing.T) {
-			ctx, cancel := context.WithTimeout(t.Context(), patience)
+			ctx, cancel := context.WithTimeout(t.Context(), wait.Patience)
 			defer cancel()
 			with := withHeader(ctx)
 			if !test.bare {
@@ -342,13 +337,13 @@ func TestRequestsThatAreWrong(t *testing.T) {
 			}
 		})
 	}
-	d.alive(t)
+	d.Alive(t)
 }
 
 // What is no HTTP/2 at all is sent away, whatever it is.
 func TestNoise(t *testing.T) {
 	t.Parallel()
-	d := newPlace(t, mine()).start(t)
+	d := start(t, mine())
 	for name, noise := range map[string]string{
 		"HTTP/1.1":           "GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
 		"TLS":                "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
@@ -358,8 +353,8 @@ func TestNoise(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			c := connect(t, d.workload)
-			c.SetDeadline(time.Now().Add(patience))
+			c := connect(t, d.Workload)
+			c.SetDeadline(time.Now().Add(wait.Patience))
 			io.WriteString(c, noise) // it may be cut before the end
 			if _, err := io.Copy(io.Discard, c); errors.Is(err, os.ErrDeadlineExceeded) {
 				t.Error("the connection was left open")
@@ -377,7 +372,7 @@ func touch(args []string) error {
 
 func TestProcessesThatComeAndGo(t *testing.T) {
 	t.Parallel()
-	d := newPlace(t, mine()+others).start(t)
+	d := start(t, mine()+others)
 	d.fetches(t, "/agent/me")
 	descriptors, goroutines := d.descriptors(t), d.goroutines(t)
 	var wg sync.WaitGroup
@@ -386,9 +381,9 @@ func TestProcessesThatComeAndGo(t *testing.T) {
 			for i := range 50 {
 				var err error
 				if i%5 == 0 {
-					err = d.try("fetch", "x509")
+					err = d.Try("fetch", "x509")
 				} else {
-					err = as("touch", d.workload).Run()
+					err = as("touch", d.Workload).Run()
 				}
 				if err != nil {
 					t.Error(err)

@@ -15,6 +15,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
 	build "github.com/deputy-id/deputy/test/binary"
+	"github.com/deputy-id/deputy/test/scratch"
 )
 
 // timekeeper builds a deputy whose clock can be set: another package time in the
@@ -50,11 +51,8 @@ func timekeeper(t *testing.T) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for name, content := range map[string]string{"time.go": changed, "overlay.json": string(overlay)} {
-		if err := os.WriteFile(filepath.Join(dir, name), []byte(content), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
+	scratch.Write(t, filepath.Join(dir, "time.go"), changed)
+	scratch.Write(t, filepath.Join(dir, "overlay.json"), string(overlay))
 	path := filepath.Join(dir, "deputy")
 	if err := build.Build(path, "./cmd/deputy", "-overlay", filepath.Join(dir, "overlay.json")); err != nil {
 		t.Fatal(err)
@@ -93,10 +91,10 @@ type issued struct {
 
 // fetchAt fetches an SVID and wants it to be valid by the daemon's clock, under
 // the bundle of now.
-func (d *daemon) fetchAt(t *testing.T, c *clock) issued {
+func (d *host) fetchAt(t *testing.T, c *clock) issued {
 	t.Helper()
 	dir := t.TempDir()
-	d.run(t, "fetch", "x509", "--write", dir)
+	d.Run(t, "fetch", "x509", "--write", dir)
 	svid, err := x509svid.Load(filepath.Join(dir, "svid.0.pem"), filepath.Join(dir, "svid.0.key"))
 	if err != nil {
 		t.Fatal(err)
@@ -107,10 +105,10 @@ func (d *daemon) fetchAt(t *testing.T, c *clock) issued {
 }
 
 // verifies wants an SVID to hold under the bundle of now, at the time of its issue.
-func (d *daemon) verifies(t *testing.T, i issued) {
+func (d *host) verifies(t *testing.T, i issued) {
 	t.Helper()
 	dir := t.TempDir()
-	d.run(t, "fetch", "bundle", "--write", dir)
+	d.Run(t, "fetch", "bundle", "--write", dir)
 	bundle, err := x509bundle.Load(spiffeid.RequireTrustDomainFromString("hard.example"), filepath.Join(dir, "bundle.0.pem"))
 	if err != nil {
 		t.Fatal(err)
@@ -122,24 +120,14 @@ func (d *daemon) verifies(t *testing.T, i issued) {
 
 func TestClockThatJumps(t *testing.T) {
 	t.Parallel()
-	p := newPlace(t, mine())
-	ours := p.deputy // clients go by the true time
-	p.deputy = timekeeper(t)
-	c := &clock{file: filepath.Join(p.dir, "clock")}
+	d := newHost(t, mine())
+	c := &clock{file: filepath.Join(d.Dir, "clock")}
 	c.set(t, 0)
-	cmd := p.command()
+	cmd := exec.Command(timekeeper(t), d.Args()[1:]...) // clients go by the true time
 	cmd.Env = append(os.Environ(), "CLOCK_OFFSET="+c.file)
-	p.deputy = ours
-	d := p.begin(t, cmd)
-	d.run(t, "entry", "create", "/agent/kept", "--selector", "unix:uid:4711")
-	watching := d.cli("watch")
-	var updates transcript
-	watching.Stdout = &updates
-	if err := watching.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { watching.Process.Signal(os.Interrupt); watching.Wait() })
-	eventually(t, updates.has("update 1"))
+	d.StartBy(t, cmd)
+	d.Run(t, "entry", "create", "/agent/kept", "--selector", "unix:uid:4711")
+	watching := d.watch(t)
 
 	first := d.fetchAt(t, c)
 	for _, jump := range []struct {
@@ -156,19 +144,19 @@ func TestClockThatJumps(t *testing.T) {
 		then := d.fetchAt(t, c)
 		// What was issued before still holds.
 		d.verifies(t, first)
-		if out := d.run(t, "fetch", "jwt", "--audience", "a"); out == "" {
+		if out := d.Run(t, "fetch", "jwt", "--audience", "a"); out == "" {
 			t.Errorf("%s: no token", jump.name)
 		}
 		c.set(t, jump.to+time.Minute)
 		d.verifies(t, then)
-		d.alive(t)
+		d.Alive(t)
 	}
 	// Where the CA has ended there is a new one at once.
 	c.set(t, 30*24*time.Hour)
 	d.fetchAt(t, c)
-	eventually(t, updates.has("update 2")) // the stream followed
-	if out := d.run(t, "entry", "list"); !strings.Contains(out, "/agent/kept") {
+	watching.Says(t, "update 2") // the stream followed
+	if out := d.Run(t, "entry", "list"); !strings.Contains(out, "/agent/kept") {
 		t.Errorf("got %q, want the entry of before", out)
 	}
-	d.stop(t)
+	d.Stop(t)
 }

@@ -3,7 +3,6 @@ package hardship
 import (
 	"bytes"
 	"errors"
-	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -13,13 +12,16 @@ import (
 	"time"
 
 	"github.com/deputy-id/deputy/test/binary"
+	"github.com/deputy-id/deputy/test/need"
+	"github.com/deputy-id/deputy/test/process"
+	"github.com/deputy-id/deputy/test/scratch"
 )
 
 // A show is the demonstration in a directory of its own.
 type show struct {
 	dir string
-	out transcript
 	cmd *exec.Cmd
+	*process.Process
 }
 
 // newShow gives the demonstration a home and a place for temporary files, in
@@ -28,32 +30,19 @@ func newShow(t *testing.T, uid uint32, wrap ...string) *show {
 	t.Helper()
 	binary.Deputy(t)
 	demo := binary.Program(t, "test/demo") // beside it
-	dir, err := os.MkdirTemp("", "show")
-	if err != nil {
+	dir := scratch.Dir(t)
+	if err := os.Chown(dir, int(uid), int(uid)); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
 	s := &show{dir: dir}
-	for _, err := range []error{os.Chown(dir, int(uid), int(uid)), os.Chmod(dir, 0o755)} {
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
 	args := append(wrap, demo)
 	s.cmd = exec.Command(args[0], args[1:]...)
 	s.cmd.Env = []string{"PATH=/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", "HOME=" + dir, "TMPDIR=" + dir}
 	s.cmd.Dir = dir
-	s.cmd.Stdout, s.cmd.Stderr = &s.out, &s.out
-	s.cmd.WaitDelay = 5 * time.Second // for those whom it might leave behind
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if os.Geteuid() == 0 {
 		s.cmd.SysProcAttr.Credential = &syscall.Credential{Uid: uid, Gid: uid}
 	}
-	t.Cleanup(func() {
-		if t.Failed() {
-			t.Logf("it said:\n%s", &s.out)
-		}
-	})
 	return s
 }
 
@@ -83,7 +72,7 @@ func (s *show) leavesNothing(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, g := range groups {
-			if strings.Contains(s.out.String(), filepath.Base(g)) {
+			if strings.Contains(s.Log(), filepath.Base(g)) {
 				t.Errorf("the cgroup %s is left", g)
 			}
 		}
@@ -103,14 +92,16 @@ func (s *show) leavesNothing(t *testing.T) {
 func (s *show) finishes(t *testing.T, wants ...string) {
 	t.Helper()
 	begin := time.Now()
-	if err := s.cmd.Run(); err != nil {
+	s.Process = process.Start(t, s.cmd)
+	<-s.Done()
+	if err := s.Wait(t); err != nil {
 		t.Fatal(err)
 	}
 	if took := time.Since(begin); took > time.Minute {
 		t.Errorf("it took %s", took)
 	}
 	for _, want := range wants {
-		if !strings.Contains(s.out.String(), want) {
+		if !strings.Contains(s.Log(), want) {
 			t.Errorf("got no %q", want)
 		}
 	}
@@ -119,7 +110,7 @@ func (s *show) finishes(t *testing.T, wants ...string) {
 const lastWords = "That was all"
 
 func TestDemonstrationOfAnOrdinaryUser(t *testing.T) {
-	needRoot(t) // to become one
+	need.Root(t, "other users")
 	t.Parallel()
 	s := newShow(t, 61013)
 	s.finishes(t, "Without root", "mTLS with", "PermissionDenied", lastWords)
@@ -131,7 +122,7 @@ var withoutEngine = []string{"unshare", "--mount", "--propagation", "private", "
 	`for d in /usr/bin/dockerd /usr/sbin/dockerd; do [ ! -e $d ] || mount --bind /bin/false $d || exit 9; done; exec "$0" "$@"`}
 
 func TestDemonstrationWithoutAnEngine(t *testing.T) {
-	needRoot(t)
+	need.Root(t, "other users, and an engine")
 	t.Parallel()
 	s := newShow(t, 0, withoutEngine...)
 	s.finishes(t, "goes on without the container", "mTLS with", "PermissionDenied", lastWords)
@@ -140,7 +131,7 @@ func TestDemonstrationWithoutAnEngine(t *testing.T) {
 
 // Ctrl-C reaches the whole process group of a terminal, at any time.
 func TestDemonstrationInterrupted(t *testing.T) {
-	needRoot(t)
+	need.Root(t, "other users, and an engine")
 	t.Parallel()
 	for scene, at := range map[string]struct {
 		line string
@@ -155,26 +146,17 @@ func TestDemonstrationInterrupted(t *testing.T) {
 		t.Run(scene, func(t *testing.T) {
 			t.Parallel()
 			s := newShow(t, 0, at.by...)
-			if err := s.cmd.Start(); err != nil {
+			s.Process = process.Start(t, s.cmd)
+			s.Says(t, "\n"+at.line)
+			if err := syscall.Kill(-s.PID(), syscall.SIGINT); err != nil {
 				t.Fatal(err)
 			}
-			ended := make(chan error, 1)
-			go func() { ended <- s.cmd.Wait() }()
-			eventually(t, s.out.has("\n"+at.line))
-			if err := syscall.Kill(-s.cmd.Process.Pid, syscall.SIGINT); err != nil {
-				t.Fatal(err)
+			err := s.Wait(t)
+			var exit *exec.ExitError
+			if !errors.As(err, &exit) || exit.ExitCode() != 130 {
+				t.Errorf("got %v, want status 130", err)
 			}
-			select {
-			case err := <-ended:
-				var exit *exec.ExitError
-				if !errors.As(err, &exit) || exit.ExitCode() != 130 {
-					t.Errorf("got %v, want status 130", err)
-				}
-			case <-time.After(patience):
-				s.cmd.Process.Kill()
-				t.Fatal(fmt.Errorf("it does not end, with %w", <-ended))
-			}
-			if strings.Contains(s.out.String(), lastWords) {
+			if strings.Contains(s.Log(), lastWords) {
 				t.Error("it played on to the end")
 			}
 			s.leavesNothing(t)

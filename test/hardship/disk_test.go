@@ -10,28 +10,30 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/deputy-id/deputy/test/need"
 )
 
 // small gives the data directory a file system of a mebibyte.
-func (p *place) small(t *testing.T) {
+func (d *host) small(t *testing.T) {
 	t.Helper()
-	if err := os.Mkdir(p.data, 0o700); err != nil {
+	if err := os.Mkdir(d.Data, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if err := unix.Mount("tmpfs", p.data, "tmpfs", 0, "size=1m,mode=700"); err != nil {
+	if err := unix.Mount("tmpfs", d.Data, "tmpfs", 0, "size=1m,mode=700"); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := unix.Unmount(p.data, unix.MNT_DETACH); err != nil {
+		if err := unix.Unmount(d.Data, unix.MNT_DETACH); err != nil {
 			t.Error(err)
 		}
 	})
 }
 
 // fill takes all of the space, to the last byte, and returns what gives it back.
-func (p *place) fill(t *testing.T) (free func()) {
+func (d *host) fill(t *testing.T) (free func()) {
 	t.Helper()
-	path := filepath.Join(p.data, "fill")
+	path := filepath.Join(d.Data, "fill")
 	f, err := os.Create(path)
 	if err != nil {
 		t.Fatal(err)
@@ -53,19 +55,19 @@ func (p *place) fill(t *testing.T) (free func()) {
 // A disk that fills while the daemon runs costs new entries and keys, each
 // with a clear error, and nothing that there was.
 func TestDiskThatFills(t *testing.T) {
-	needRoot(t)
+	need.Root(t, "a file system of the test's")
 	t.Parallel()
 	short := "authority \"local\" { ca_ttl = \"30s\" }\nentry \"/agent/me\" {\n  selectors = [\"unix:uid:0\"]\n  x509_ttl = \"5s\"\n  jwt_ttl = \"5s\"\n}\n"
-	p := newPlace(t, short)
-	p.small(t)
-	d := p.start(t)
-	d.run(t, "entry", "create", "/agent/kept", "--selector", "unix:uid:4711")
-	before := d.run(t, "bundle", "show")
+	d := newHost(t, short)
+	d.small(t)
+	d.Start(t)
+	d.Run(t, "entry", "create", "/agent/kept", "--selector", "unix:uid:4711")
+	before := d.Run(t, "bundle", "show")
 
-	free := p.fill(t)
+	free := d.fill(t)
 	var failed error
 	for i := 0; failed == nil && i < 500; i++ { // the log of SQLite has some room yet
-		failed = d.try("entry", "create", "/agent/many", "--selector", "unix:uid:"+strings.Repeat("1", 1+i%9), "--dns-name", strings.Repeat("a", i%60+1)+".example")
+		failed = d.Try("entry", "create", "/agent/many", "--selector", "unix:uid:"+strings.Repeat("1", 1+i%9), "--dns-name", strings.Repeat("a", i%60+1)+".example")
 		if failed != nil && strings.Contains(failed.Error(), "AlreadyExists") {
 			failed = nil
 		}
@@ -76,23 +78,23 @@ func TestDiskThatFills(t *testing.T) {
 	}
 	d.fetches(t, "/agent/me")
 	// The next CA key cannot be kept, and so is not used.
-	d.logged(t, `key rotation failed, signing with the keys there are: .*no space left on device`)
-	if now := d.run(t, "bundle", "show"); now != before {
+	d.Says(t, `key rotation failed, signing with the keys there are: .*no space left on device`)
+	if now := d.Run(t, "bundle", "show"); now != before {
 		t.Error("a key was published that is not on the disk")
 	}
 	d.fetches(t, "/agent/me")
-	if out := d.run(t, "entry", "list"); !strings.Contains(out, "/agent/kept") {
+	if out := d.Run(t, "entry", "list"); !strings.Contains(out, "/agent/kept") {
 		t.Errorf("got %q, want the entry of before", out)
 	}
 
 	free()
-	d.run(t, "entry", "create", "/agent/after", "--selector", "unix:uid:4712")
-	d.logged(t, `(?s)no space left on device.*keys rotated: `)
+	d.Run(t, "entry", "create", "/agent/after", "--selector", "unix:uid:4712")
+	d.Says(t, `(?s)no space left on device.*keys rotated: `)
 	d.fetches(t, "/agent/me")
-	d.stop(t)
+	d.Stop(t)
 
-	d = p.start(t)
-	out := d.run(t, "entry", "list")
+	d.Start(t)
+	out := d.Run(t, "entry", "list")
 	for _, id := range []string{"/agent/kept", "/agent/after"} {
 		if !strings.Contains(out, id) {
 			t.Errorf("got %q, want %s after a restart", out, id)
@@ -104,11 +106,10 @@ func TestDiskThatFills(t *testing.T) {
 // it is for whoever mends it.
 func TestDamagedFiles(t *testing.T) {
 	t.Parallel()
-	p := newPlace(t, mine())
-	d := p.start(t)
-	d.run(t, "entry", "create", "/agent/kept", "--selector", "unix:uid:4711")
-	d.stop(t)
-	healthy := p.files(t)
+	d := start(t, mine())
+	d.Run(t, "entry", "create", "/agent/kept", "--selector", "unix:uid:4711")
+	d.Stop(t)
+	healthy := d.files(t)
 	for name, damage := range map[string]struct {
 		file  string
 		spoil func([]byte) []byte
@@ -124,20 +125,21 @@ func TestDamagedFiles(t *testing.T) {
 		"database in which an entry rotted": {"entries.db", func(b []byte) []byte { return flip(b, "unix:uid:4711", 12) }},
 	} {
 		t.Run(name, func(t *testing.T) {
-			p.restore(t, healthy)
-			path := filepath.Join(p.data, damage.file)
+			d.restore(t, healthy)
+			path := filepath.Join(d.Data, damage.file)
 			bad := damage.spoil(bytes.Clone(healthy[damage.file]))
 			if err := os.WriteFile(path, bad, 0o600); err != nil {
 				t.Fatal(err)
 			}
-			p.refusesToStart(t, path)
+			d.refusesToStart(t, path)
 			if now, err := os.ReadFile(path); err != nil || !bytes.Equal(now, bad) {
 				t.Errorf("the file was changed (%v)", err)
 			}
 		})
 	}
-	p.restore(t, healthy)
-	if out := p.start(t).run(t, "entry", "list"); !strings.Contains(out, "/agent/kept") {
+	d.restore(t, healthy)
+	d.Start(t)
+	if out := d.Run(t, "entry", "list"); !strings.Contains(out, "/agent/kept") {
 		t.Errorf("got %q, want the entry of before", out)
 	}
 }
@@ -149,31 +151,31 @@ func flip(b []byte, text string, after int) []byte {
 }
 
 // files are those of the data directory.
-func (p *place) files(t *testing.T) map[string][]byte {
+func (d *host) files(t *testing.T) map[string][]byte {
 	t.Helper()
 	all := make(map[string][]byte)
-	names, err := os.ReadDir(p.data)
+	names, err := os.ReadDir(d.Data)
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, n := range names {
-		if all[n.Name()], err = os.ReadFile(filepath.Join(p.data, n.Name())); err != nil {
+		if all[n.Name()], err = os.ReadFile(filepath.Join(d.Data, n.Name())); err != nil {
 			t.Fatal(err)
 		}
 	}
 	return all
 }
 
-func (p *place) restore(t *testing.T, files map[string][]byte) {
+func (d *host) restore(t *testing.T, files map[string][]byte) {
 	t.Helper()
-	if err := os.RemoveAll(p.data); err != nil {
+	if err := os.RemoveAll(d.Data); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.Mkdir(p.data, 0o700); err != nil {
+	if err := os.Mkdir(d.Data, 0o700); err != nil {
 		t.Fatal(err)
 	}
 	for name, b := range files {
-		if err := os.WriteFile(filepath.Join(p.data, name), b, 0o600); err != nil {
+		if err := os.WriteFile(filepath.Join(d.Data, name), b, 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -183,10 +185,9 @@ func (p *place) restore(t *testing.T, files map[string][]byte) {
 // that it ever confirmed, and the same trust bundle.
 func TestKilled(t *testing.T) {
 	t.Parallel()
-	p := newPlace(t, mine())
-	d := p.start(t)
+	d := start(t, mine())
 	first := d.fetchAt(t, new(clock))
-	bundle := d.run(t, "bundle", "show")
+	bundle := d.Run(t, "bundle", "show")
 	var confirmed []string
 	for round := range 3 {
 		writing := make(chan []string)
@@ -194,28 +195,28 @@ func TestKilled(t *testing.T) {
 			var done []string
 			for i := 0; ; i++ {
 				path := "/agent/" + string(rune('a'+round)) + "/" + time.Duration(i).String()
-				if d.try("entry", "create", path, "--selector", "unix:uid:4711") != nil {
+				if d.Try("entry", "create", path, "--selector", "unix:uid:4711") != nil {
 					writing <- done
 					return
 				}
 				done = append(done, path)
 			}
 		}()
-		time.AfterFunc(200*time.Millisecond, func() { d.cmd.Process.Signal(syscall.SIGKILL) })
+		time.AfterFunc(200*time.Millisecond, func() { d.Signal(t, syscall.SIGKILL) })
 		confirmed = append(confirmed, <-writing...)
-		<-d.done
-		d = p.start(t)
+		d.Wait(t)
+		d.Start(t)
 	}
 	if len(confirmed) == 0 {
 		t.Fatal("no entry was confirmed between the kills")
 	}
-	out := d.run(t, "entry", "list")
+	out := d.Run(t, "entry", "list")
 	for _, path := range confirmed {
 		if !strings.Contains(out, "spiffe://hard.example"+path+" ") {
 			t.Errorf("%s was confirmed and is lost", path)
 		}
 	}
-	if now := d.run(t, "bundle", "show"); now != bundle {
+	if now := d.Run(t, "bundle", "show"); now != bundle {
 		t.Error("the trust bundle is another")
 	}
 	d.verifies(t, first)

@@ -7,10 +7,13 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"testing/fstest"
 
 	"github.com/deputy-id/deputy/test/engine"
+	"github.com/deputy-id/deputy/test/need"
+	"github.com/deputy-id/deputy/test/process"
+	"github.com/deputy-id/deputy/test/scratch"
 	"github.com/deputy-id/deputy/test/systemd"
+	"github.com/deputy-id/deputy/test/wait"
 )
 
 // The README's three ways to give an identity to an agent whose executable is
@@ -19,55 +22,30 @@ import (
 
 // script puts the agent where every user can read it, and returns Python and
 // its path.
-func (p *place) script(t *testing.T) (python, path string) {
+func (d *host) script(t *testing.T) (python, path string) {
 	t.Helper()
 	// The system's own: another may stand where only its user can go.
-	python = "/usr/bin/python3"
-	if _, err := os.Stat(python); err != nil {
-		if os.Getenv("CI") != "" {
-			t.Fatal(err)
-		}
-		t.Skipf("SKIPPED: no agent written in Python: %v", err)
-	}
-	text, err := os.ReadFile("testdata/agent.py")
-	if err != nil {
-		t.Fatal(err)
-	}
-	path = filepath.Join(p.dir, "agent.py")
-	if err := os.WriteFile(path, text, 0o644); err != nil {
-		t.Fatal(err)
-	}
-	return python, path
+	return need.Program(t, "/usr/bin/python3"), scratch.Program(t, filepath.Join(d.Dir, "agent.py"), "testdata/agent.py")
 }
 
 // agentAlone is what that script says when it has the identity, and its child none.
 const agentAlone = "agent spiffe://hard.example/agent/researcher\nchild no identity\n"
 
 func TestPythonAgentByItsUnit(t *testing.T) {
-	needRoot(t)
+	need.Root(t, "another user")
 	t.Parallel()
-	p := newPlace(t, "entry \"/agent/researcher\" {\n  selectors = [\"cgroup:unit:researcher.service\", \"process:leader:true\"]\n}\n")
-	python, script := p.script(t)
-	out, log := filepath.Join(p.dir, "out"), filepath.Join(p.dir, "log")
-	unit := func(lines string) *fstest.MapFile {
-		return &fstest.MapFile{Data: []byte("[Unit]\nDefaultDependencies=no\n[Service]\n" + lines)}
-	}
-	node := systemd.Start(t, fstest.MapFS{
-		"deputy.service": unit(fmt.Sprintf("Type=notify\nExecStart=%s run --config %s\nStandardError=append:%s\n", p.deputy, p.config, log)),
+	d := newHost(t, "entry \"/agent/researcher\" {\n  selectors = [\"cgroup:unit:researcher.service\", \"process:leader:true\"]\n}\n")
+	python, script := d.script(t)
+	out := systemd.Log(t)
+	node := systemd.Start(t, systemd.Units{
+		"deputy.service": fmt.Sprintf("[Service]\nType=notify\nExecStart=%s\nStandardError=append:%s\n", strings.Join(d.Args(), " "), systemd.Log(t)),
 		// As most are written: the interpreter, a script, and a user.
-		"researcher.service": unit(fmt.Sprintf("ExecStart=%s %s %s\nUser=nobody\nStandardOutput=append:%s\nStandardError=inherit\n", python, script, p.workload, out)),
-	})
-	t.Cleanup(func() {
-		if text, _ := os.ReadFile(log); t.Failed() {
-			t.Logf("log of the daemon:\n%s", text)
-		}
+		"researcher.service": fmt.Sprintf("[Service]\nExecStart=%s %s %s\nUser=nobody\nStandardOutput=append:%s\nStandardError=inherit\n", python, script, d.Workload, out),
 	})
 	for _, name := range []string{"deputy", "researcher"} {
-		if said, err := node.Command("systemctl", "start", name).CombinedOutput(); err != nil {
-			t.Fatalf("start %s: %v\n%s", name, err, said)
-		}
+		node.Run(t, "systemctl", "start", name)
 	}
-	eventually(t, func() error {
+	wait.UntilNil(t, func() error {
 		if said, _ := os.ReadFile(out); string(said) != agentAlone {
 			return fmt.Errorf("got %q, want %q", said, agentAlone)
 		}
@@ -76,52 +54,47 @@ func TestPythonAgentByItsUnit(t *testing.T) {
 }
 
 func TestPythonAgentByDeputyExec(t *testing.T) {
-	needRoot(t)
+	need.Root(t, "another user")
 	t.Parallel()
-	d := newPlace(t, others).start(t)
+	d := start(t, others)
 	python, script := d.script(t)
-	cmd := d.cli("exec", "--name", "researcher", "--user", "nobody", "--entry", "/agent/researcher", "--", python, script, d.workload)
-	var said transcript
-	cmd.Stdout, cmd.Stderr = &said, &said
+	cmd := d.Command("exec", "--name", "researcher", "--user", "nobody", "--entry", "/agent/researcher", "--", python, script, d.Workload)
 	input, err := cmd.StdinPipe()
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	eventually(t, said.has(agentAlone))
+	agent := process.Start(t, cmd)
+	agent.Says(t, agentAlone)
 	input.Close()
-	if err := cmd.Wait(); err != nil {
-		t.Errorf("deputy exec: %v\n%s", err, &said)
+	if err := agent.Wait(t); err != nil {
+		t.Errorf("deputy exec: %v", err)
 	}
 	// The name and its entry end with it.
-	eventually(t, func() error {
-		if out := d.run(t, "entry", "list"); strings.Contains(out, "/agent/researcher") {
+	wait.UntilNil(t, func() error {
+		if out := d.Run(t, "entry", "list"); strings.Contains(out, "/agent/researcher") {
 			return fmt.Errorf("got %q, want the entry gone", out)
 		}
 		return nil
 	})
 	// The user alone has nothing.
-	out, err := user(exec.Command(python, script, d.workload, "stranger"), 65534).CombinedOutput()
+	out, err := process.As(65534, exec.Command(python, script, d.Workload, "stranger")).CombinedOutput()
 	if err != nil || string(out) != "stranger no identity\n" {
 		t.Errorf("got %q, %v, want no identity", out, err)
 	}
 }
 
 func TestAgentByTheDigestOfItsImage(t *testing.T) {
-	needRoot(t)
+	need.Root(t, "another user")
 	t.Parallel()
 	e := engine.Start(t)
 	name, digest := e.Publish(t, "hardship/crawler", "1", engine.Image{Content: "crawler"})
-	p := newPlace(t, fmt.Sprintf("attestor \"docker\" { socket = %q }\nentry \"/agent/crawler\" {\n  selectors = [\"image:digest:%s\", \"process:leader:true\"]\n}\n", e.Socket(), digest))
-	p.start(t)
-	public := filepath.Dir(p.workload)
+	d := start(t, fmt.Sprintf("attestor \"docker\" { socket = %q }\nentry \"/agent/crawler\" {\n  selectors = [\"image:digest:%s\", \"process:leader:true\"]\n}\n", e.Socket(), digest))
+	public := filepath.Dir(d.Workload)
 	run := func(image string) *engine.Container {
-		return e.Run(t, "-v", public+":"+public+":ro", "-e", "SPIFFE_ENDPOINT_SOCKET=unix://"+p.workload, image, "watch")
+		return e.Run(t, "-v", public+":"+public+":ro", "-e", "SPIFFE_ENDPOINT_SOCKET=unix://"+d.Workload, image, "watch")
 	}
 	c := run(name)
-	eventually(t, func() error {
+	wait.UntilNil(t, func() error {
 		if said := c.Logs(t); !strings.Contains(said, "spiffe://hard.example/agent/crawler") {
 			return fmt.Errorf("got %q, want its identity", said)
 		}
@@ -135,11 +108,11 @@ func TestAgentByTheDigestOfItsImage(t *testing.T) {
 	// The tag moves to another image: what runs stays what it is, and the new
 	// one is not it.
 	e.Publish(t, "hardship/crawler", "1", engine.Image{Content: "another"})
-	if out := p.run(t, "attest", fmt.Sprint(c.PID)); !strings.Contains(out, "image:digest:"+digest) {
+	if out := d.Run(t, "attest", fmt.Sprint(c.PID)); !strings.Contains(out, "image:digest:"+digest) {
 		t.Errorf("got %q, want %s after the tag moved", out, digest)
 	}
 	moved := run(name)
-	eventually(t, func() error {
+	wait.UntilNil(t, func() error {
 		if out, err := e.Command("logs", moved.ID).CombinedOutput(); err != nil || !strings.Contains(string(out), "PermissionDenied") {
 			return fmt.Errorf("another image: got %q, %v, want PermissionDenied", out, err)
 		}

@@ -12,6 +12,10 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/deputy-id/deputy/test/need"
+	"github.com/deputy-id/deputy/test/process"
+	"github.com/deputy-id/deputy/test/wait"
 )
 
 // pidfdGetInfo is the type and number of that ioctl; its size grows with kernels.
@@ -54,18 +58,18 @@ func olderKernel(args []string) error {
 
 func TestOlderKernel(t *testing.T) {
 	t.Parallel()
-	p := newPlace(t, mine())
-	d := p.begin(t, as("older-kernel", p.command().Args...))
-	d.logged(t, `kernel is older than it could be: instead="kernel has no SO_PEERPIDFD`)
-	d.logged(t, `kernel is older than it could be: instead="kernel has no PIDFD_GET_INFO`)
+	d := newHost(t, mine())
+	d.StartBy(t, as("older-kernel", d.Args()...))
+	d.Says(t, `kernel is older than it could be: instead="kernel has no SO_PEERPIDFD`)
+	d.Says(t, `kernel is older than it could be: instead="kernel has no PIDFD_GET_INFO`)
 	d.fetches(t, "/agent/me")
-	if out := d.run(t, "fetch", "jwt", "--audience", "a"); out == "" {
+	if out := d.Run(t, "fetch", "jwt", "--audience", "a"); out == "" {
 		t.Error("got no token")
 	}
-	if out := d.run(t, "attest", fmt.Sprint(os.Getpid())); !strings.Contains(out, fmt.Sprintf("unix:uid:%d\n", os.Getuid())) {
+	if out := d.Run(t, "attest", fmt.Sprint(os.Getpid())); !strings.Contains(out, fmt.Sprintf("unix:uid:%d\n", os.Getuid())) {
 		t.Errorf("got %q, want our selectors", out)
 	}
-	out, err := d.cli("exec", "--", d.deputy, "fetch", "x509").CombinedOutput()
+	out, err := d.Command("exec", "--", d.Binary, "fetch", "x509").CombinedOutput()
 	if err != nil || !strings.Contains(string(out), "/agent/me") {
 		t.Errorf("under deputy exec: %v\n%s", err, out)
 	}
@@ -73,34 +77,22 @@ func TestOlderKernel(t *testing.T) {
 
 // A peer that has no PID here is refused, with what to do about it.
 func TestPeerOutsideOfThePIDNamespace(t *testing.T) {
-	needRoot(t)
+	need.Root(t, "a PID namespace")
 	t.Parallel()
-	p := newPlace(t, mine())
-	inside := exec.Command("unshare", append([]string{"--pid", "--fork", "--kill-child", "--mount-proc"}, p.command().Args...)...)
-	log := new(transcript)
-	inside.Stderr = log
-	inside.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := inside.Start(); err != nil {
-		t.Fatal(err)
-	}
+	d := newHost(t, mine())
+	cmd := exec.Command("unshare", append([]string{"--pid", "--fork", "--kill-child", "--mount-proc"}, d.Args()...)...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	inside := process.Start(t, cmd)
 	t.Cleanup(func() {
-		inside.Process.Kill()
-		inside.Wait()
-		if t.Failed() {
-			t.Logf("log of the daemon:\n%s", log)
-		}
+		inside.Signal(t, syscall.SIGKILL) // it does not hear another
+		inside.Wait(t)
 	})
-	eventually(t, func() error {
-		if !strings.Contains(log.String(), "started") {
-			return errors.New("not started")
-		}
-		return nil
-	})
+	inside.Says(t, "started")
 	for _, args := range [][]string{{"fetch", "x509"}, {"fetch", "jwt", "--audience", "a"}, {"entry", "list"}} {
 		// A call that the client had put on the connection before it read why that
 		// ends says only that it ended.
-		eventually(t, func() error {
-			out, err := p.cli(args...).CombinedOutput()
+		wait.UntilNil(t, func() error {
+			out, err := d.Command(args...).CombinedOutput()
 			var exit *exec.ExitError
 			if !errors.As(err, &exit) || exit.ExitCode() == 0 {
 				t.Fatalf("%v: got %v, want it refused", args, err)
@@ -112,8 +104,8 @@ func TestPeerOutsideOfThePIDNamespace(t *testing.T) {
 		})
 	}
 	// Who is inside is served.
-	init := firstChild(t, inside.Process.Pid)
-	out, err := exec.Command("nsenter", "--pid", "--mount", "-t", init, p.deputy, "fetch", "x509", "--socket", p.workload).CombinedOutput()
+	init := firstChild(t, inside.PID())
+	out, err := exec.Command("nsenter", "--pid", "--mount", "-t", init, d.Binary, "fetch", "x509", "--socket", d.Workload).CombinedOutput()
 	if err != nil || !strings.Contains(string(out), "/agent/me") {
 		t.Errorf("inside: %v\n%s", err, out)
 	}

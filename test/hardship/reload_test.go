@@ -3,10 +3,14 @@ package hardship
 import (
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
+
+	"github.com/deputy-id/deputy/test/scratch"
+	"github.com/deputy-id/deputy/test/wait"
 )
 
 func entry(path string) string {
@@ -14,10 +18,10 @@ func entry(path string) string {
 }
 
 // holds wants the identities that this process holds to become these.
-func (d *daemon) holds(t *testing.T, paths ...string) {
+func (d *host) holds(t *testing.T, paths ...string) {
 	t.Helper()
-	eventually(t, func() error {
-		out, err := d.cli("fetch", "x509").Output()
+	wait.UntilNil(t, func() error {
+		out, err := d.Command("fetch", "x509").Output()
 		if err != nil {
 			return err
 		}
@@ -37,50 +41,40 @@ func (d *daemon) holds(t *testing.T, paths ...string) {
 // force, and drop nobody.
 func TestStormOfSignals(t *testing.T) {
 	t.Parallel()
-	d := newPlace(t, mine()).start(t)
-	watching := d.cli("watch")
-	var updates transcript
-	watching.Stdout, watching.Stderr = &updates, &updates
-	if err := watching.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { watching.Process.Kill(); watching.Wait() })
-	eventually(t, updates.has("update 1"))
+	d := start(t, mine())
+	watching := d.watch(t)
 	goroutines := d.goroutines(t)
 
 	for i := range 2000 {
 		if i%100 == 50 {
-			d.configure(t, mine()+entry(fmt.Sprintf("/agent/n%d", i)))
+			d.Configure(t, mine()+entry(fmt.Sprintf("/agent/n%d", i)))
 		}
-		if err := d.cmd.Process.Signal(syscall.SIGHUP); err != nil {
-			t.Fatal(err)
-		}
+		d.Signal(t, syscall.SIGHUP)
 	}
-	d.configure(t, mine()+entry("/agent/last"))
+	d.Configure(t, mine()+entry("/agent/last"))
 	d.holds(t, "/agent/me", "/agent/last")
-	eventually(t, updates.has("/agent/last")) // by the stream of before
+	watching.Says(t, "/agent/last") // by the stream of before
 	if n := d.goroutines(t); n > goroutines+8 {
 		t.Errorf("got %d goroutines, want those %d of before", n, goroutines)
 	}
-	d.alive(t)
+	d.Alive(t)
 }
 
 // The ways in which files come to be changed.
 func TestFileThatIsReplaced(t *testing.T) {
 	t.Parallel()
-	p := newPlace(t, mine())
-	d := p.start(t)
+	d := start(t, mine())
 
 	// In pieces: what is half there changes nothing, or is said to be wrong.
-	whole := p.text(mine() + entry("/agent/pieces"))
-	f, err := os.OpenFile(p.config, os.O_WRONLY|os.O_TRUNC, 0)
+	whole := d.Text(mine() + entry("/agent/pieces"))
+	f, err := os.OpenFile(d.Config, os.O_WRONLY|os.O_TRUNC, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if _, err := f.WriteString(whole[:len(whole)-10]); err != nil {
 		t.Fatal(err)
 	}
-	d.logged(t, "configuration is not reloaded, the last good one stays")
+	d.Says(t, "configuration is not reloaded, the last good one stays")
 	d.holds(t, "/agent/me")
 	if _, err := f.WriteString(whole[len(whole)-10:]); err != nil {
 		t.Fatal(err)
@@ -89,13 +83,13 @@ func TestFileThatIsReplaced(t *testing.T) {
 	d.holds(t, "/agent/me", "/agent/pieces")
 
 	// Away, and there again.
-	if err := os.Remove(p.config); err != nil {
+	if err := os.Remove(d.Config); err != nil {
 		t.Fatal(err)
 	}
-	d.cmd.Process.Signal(syscall.SIGHUP)
-	d.logged(t, "no such file")
+	d.Signal(t, syscall.SIGHUP)
+	d.Says(t, "no such file")
 	d.holds(t, "/agent/me", "/agent/pieces")
-	p.configure(t, mine()+entry("/agent/back"))
+	d.Configure(t, mine()+entry("/agent/back"))
 	d.holds(t, "/agent/me", "/agent/back")
 }
 
@@ -104,17 +98,12 @@ func TestFileThatIsReplaced(t *testing.T) {
 // does.
 func TestFileBehindALinkThatTurns(t *testing.T) {
 	t.Parallel()
-	p := newPlace(t, mine())
-	volume := filepath.Join(p.dir, "volume")
+	d := newHost(t, mine())
+	volume := filepath.Join(d.Dir, "volume")
 	version := func(name, more string) {
 		t.Helper()
 		dir := filepath.Join(volume, name)
-		if err := os.MkdirAll(dir, 0o755); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(filepath.Join(dir, "c.hcl"), []byte(p.text(more)), 0o600); err != nil {
-			t.Fatal(err)
-		}
+		scratch.Write(t, filepath.Join(dir, "c.hcl"), d.Text(more))
 		next := filepath.Join(volume, "..next")
 		if err := os.Symlink(name, next); err != nil {
 			t.Fatal(err)
@@ -124,11 +113,11 @@ func TestFileBehindALinkThatTurns(t *testing.T) {
 		}
 	}
 	version("..1", mine())
-	p.config = filepath.Join(volume, "c.hcl")
-	if err := os.Symlink("..data/c.hcl", p.config); err != nil {
+	d.Config = filepath.Join(volume, "c.hcl")
+	if err := os.Symlink("..data/c.hcl", d.Config); err != nil {
 		t.Fatal(err)
 	}
-	d := p.start(t)
+	d.Start(t)
 	d.holds(t, "/agent/me")
 	version("..2", mine()+entry("/agent/two"))
 	d.holds(t, "/agent/me", "/agent/two")
@@ -139,19 +128,19 @@ func TestFileBehindALinkThatTurns(t *testing.T) {
 // A link into a directory that is not watched is followed there.
 func TestFileBehindALinkElsewhere(t *testing.T) {
 	t.Parallel()
-	p := newPlace(t, mine())
-	real := p.config
-	link := filepath.Join(p.dir, "etc/deputy.hcl")
+	d := newHost(t, mine())
+	real := d.Config
+	link := filepath.Join(d.Dir, "etc/deputy.hcl")
 	if err := os.Mkdir(filepath.Dir(link), 0o755); err != nil {
 		t.Fatal(err)
 	}
 	if err := os.Symlink(real, link); err != nil {
 		t.Fatal(err)
 	}
-	p.config = link
-	d := p.start(t)
-	p.config = real
-	p.configure(t, mine()+entry("/agent/two"))
+	d.Config = link
+	d.Start(t)
+	d.Config = real
+	d.Configure(t, mine()+entry("/agent/two"))
 	d.holds(t, "/agent/me", "/agent/two")
 }
 
@@ -160,40 +149,40 @@ func TestLogThatGoesNowhere(t *testing.T) {
 	t.Parallel()
 	t.Run("a pipe whose reader has gone", func(t *testing.T) {
 		t.Parallel()
-		p := newPlace(t, mine())
+		d := newHost(t, mine())
 		r, w, err := os.Pipe()
 		if err != nil {
 			t.Fatal(err)
 		}
-		cmd := p.command()
+		cmd := exec.Command(d.Binary, d.Args()[1:]...)
 		cmd.Stderr = w
-		d := p.begin(t, cmd)
+		d.StartBy(t, cmd)
 		w.Close()
 		r.Close()
 		d.speaks(t)
 	})
 	t.Run("closed from the start", func(t *testing.T) {
 		t.Parallel()
-		p := newPlace(t, mine())
-		d := p.begin(t, shell(p, `exec "$0" "$@" <&- >&- 2>&-`))
+		d := newHost(t, mine())
+		d.StartBy(t, d.shell(`exec "$0" "$@" <&- >&- 2>&-`))
 		d.speaks(t)
 	})
 	t.Run("a device that is full", func(t *testing.T) {
 		t.Parallel()
-		p := newPlace(t, mine())
-		d := p.begin(t, shell(p, `exec "$0" "$@" 2>/dev/full`))
+		d := newHost(t, mine())
+		d.StartBy(t, d.shell(`exec "$0" "$@" 2>/dev/full`))
 		d.speaks(t)
 	})
 }
 
 // speaks makes the daemon log, by a reload, and wants it to go on.
-func (d *daemon) speaks(t *testing.T) {
+func (d *host) speaks(t *testing.T) {
 	t.Helper()
 	for i := range 3 {
 		name := fmt.Sprintf("/agent/n%d", i)
-		d.configure(t, mine()+entry(name))
+		d.Configure(t, mine()+entry(name))
 		d.holds(t, "/agent/me", name)
 	}
-	d.alive(t)
-	d.stop(t)
+	d.Alive(t)
+	d.Stop(t)
 }

@@ -10,30 +10,21 @@ import (
 // and leaves to another daemon what that has put in their place.
 func TestSocketsThatAreTakenAway(t *testing.T) {
 	t.Parallel()
-	p := newPlace(t, mine())
-	d := p.start(t)
-	watching := d.cli("watch")
-	var updates transcript
-	watching.Stdout, watching.Stderr = &updates, &updates
-	if err := watching.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { watching.Process.Kill(); watching.Wait() })
-	eventually(t, updates.has("update 1"))
-	for _, path := range []string{p.workload, p.admin} {
+	d := start(t, mine())
+	watching := d.watch(t)
+	for _, path := range []string{d.Workload, d.Admin} {
 		if err := os.RemoveAll(filepath.Dir(path)); err != nil {
 			t.Fatal(err)
 		}
 	}
-	d.configure(t, mine()+entry("/agent/two"))
-	eventually(t, updates.has("/agent/two"))
+	d.Configure(t, mine()+entry("/agent/two"))
+	watching.Says(t, "/agent/two")
 
-	second := *p
-	second.data = filepath.Join(p.dir, "second")
-	second.config = filepath.Join(p.dir, "second.hcl")
-	second.configure(t, mine()+entry("/agent/second"))
-	next := second.start(t)
-	d.stop(t)
+	next := newHost(t, "")
+	next.Workload, next.Admin = d.Workload, d.Admin
+	next.Configure(t, mine()+entry("/agent/second"))
+	next.Start(t)
+	d.Stop(t)
 	next.holds(t, "/agent/me", "/agent/second")
-	next.run(t, "entry", "list")
+	next.Run(t, "entry", "list")
 }

@@ -27,7 +27,12 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/deputy-id/deputy/test/binary"
+	"github.com/deputy-id/deputy/test/daemon"
 	"github.com/deputy-id/deputy/test/kubelet"
+	"github.com/deputy-id/deputy/test/need"
+	"github.com/deputy-id/deputy/test/page"
+	"github.com/deputy-id/deputy/test/process"
+	"github.com/deputy-id/deputy/test/scratch"
 )
 
 // The users of the page's entries, and one that is in none.
@@ -42,104 +47,30 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// blocks returns the fenced blocks of a language below a heading of the page.
-func blocks(t *testing.T, heading, language string) []string {
+// section is one of the page.
+func section(t *testing.T, heading string) page.Page {
 	t.Helper()
-	text, err := os.ReadFile("../../docs/mesh.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, section, ok := strings.Cut(string(text), "\n"+heading+"\n")
-	if !ok {
-		t.Fatalf("the page has no %q", heading)
-	}
-	section, _, _ = strings.Cut(section, "\n#")
-	var all []string
-	for _, part := range strings.Split(section, "\n```"+language+"\n")[1:] {
-		block, _, ok := strings.Cut(part, "\n```")
-		if !ok {
-			t.Fatalf("a block of %s does not end", language)
-		}
-		all = append(all, block+"\n")
-	}
-	if len(all) == 0 {
-		t.Fatalf("%q has no block of %s", heading, language)
-	}
-	return all
+	return page.Open(t, "../../docs/mesh.md").Section(t, heading)
 }
 
-type daemon struct {
-	dir string
-	log *bytes.Buffer
-}
+// A host is where the daemon runs.
+type host struct{ *daemon.Daemon }
 
-func (d *daemon) path(name string) string { return filepath.Join(d.dir, name) }
-
-// start runs the daemon on a configuration of the page, with its paths below a
-// directory of the test's.
-func start(t *testing.T, config string, replace ...string) *daemon {
+// start runs the daemon on the configuration of a section, with changes.
+func start(t *testing.T, heading string, changes ...string) *host {
 	t.Helper()
-	if os.Getuid() != 0 {
-		if os.Getenv("CI") != "" {
-			t.Fatal("processes of other users need root")
-		}
-		t.Skip("SKIPPED: processes of other users need root")
-	}
-	dir, err := os.MkdirTemp("", "ln")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	if err := os.Chmod(dir, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	d := &daemon{dir, &bytes.Buffer{}}
-	for i := 0; i < len(replace); i += 2 {
-		if !strings.Contains(config, replace[i]) {
-			t.Fatalf("%s is not in\n%s", replace[i], config)
-		}
-	}
-	config = strings.NewReplacer(append(replace, "/run/deputy", dir)...).Replace(config)
-	config += fmt.Sprintf("data_dir = %q\nworkload_socket { path = %q }\nadmin_socket { path = %q }\n",
-		d.path("data"), d.path("public/workload.sock"), d.path("private/admin.sock"))
-	file := d.path("deputy.hcl")
-	if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	deputy := binary.Deputy(t)
-	cmd := exec.Command(deputy, "run", "--config", file)
-	cmd.Stderr = d.log
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		cmd.Process.Signal(syscall.SIGTERM)
-		if err := cmd.Wait(); err != nil {
-			t.Errorf("deputy run: %v", err)
-		}
+	need.Root(t, "processes of other users")
+	config := page.Change(t, section(t, heading).Blocks(t, "hcl")[0], changes...)
+	d := daemon.New(t, "", config)
+	t.Cleanup(func() { // when it has ended
 		for _, secret := range []string{"unix:uid", "mutual-auth", kubelet.Token} {
-			if strings.Contains(d.log.String(), secret) {
+			if strings.Contains(d.Log(), secret) {
 				t.Errorf("%s is in the log", secret)
 			}
 		}
-		if t.Failed() {
-			t.Logf("log of the daemon:\n%s", d.log)
-		}
 	})
-	for end := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
-		if exec.Command(deputy, "health", "--socket", d.path("public/workload.sock")).Run() == nil {
-			return d
-		}
-		if time.Now().After(end) {
-			t.Fatalf("deputy did not become healthy:\n%s", d.log)
-		}
-	}
-}
-
-// as makes the command run as this user.
-func as(uid uint32, cmd *exec.Cmd) *exec.Cmd {
-	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}
-	return cmd
+	d.Start(t)
+	return &host{d}
 }
 
 // A player is a process whose lines the test reads.
@@ -204,7 +135,7 @@ func (p *player) ends(t *testing.T, want string) {
 // workload starts a process of this user that only waits.
 func workload(t *testing.T, uid uint32) *exec.Cmd {
 	t.Helper()
-	cmd := as(uid, exec.Command("sleep", "600"))
+	cmd := process.As(uid, exec.Command("sleep", "600"))
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -215,18 +146,8 @@ func workload(t *testing.T, uid uint32) *exec.Cmd {
 // broker builds the page's program.
 func broker(t *testing.T) string {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "br")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	if err := os.Chmod(dir, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	source := filepath.Join(dir, "main.go")
-	if err := os.WriteFile(source, []byte(blocks(t, "## Brokers", "go")[0]), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	dir := scratch.Dir(t)
+	source := scratch.Write(t, filepath.Join(dir, "main.go"), section(t, "Brokers").Blocks(t, "go")[0])
 	program := filepath.Join(dir, "broker")
 	if err := binary.Build(program, source); err != nil {
 		t.Fatal(err)
@@ -234,18 +155,15 @@ func broker(t *testing.T) string {
 	return program
 }
 
-func (d *daemon) broker(t *testing.T, program string, uid uint32, name string) *player {
+func (d *host) broker(t *testing.T, program string, uid uint32, name string) *player {
 	t.Helper()
-	cmd := as(uid, exec.Command(program, name))
-	cmd.Env = []string{
-		"SPIFFE_ENDPOINT_SOCKET=unix://" + d.path("public/workload.sock"),
-		"SPIFFE_BROKER_SOCKET=unix://" + d.path("broker/broker.sock"),
-	}
+	cmd := process.As(uid, exec.Command(program, name))
+	cmd.Env = append(d.Env(), "SPIFFE_BROKER_SOCKET=unix://"+filepath.Join(d.Dir, "broker/broker.sock"))
 	return play(t, cmd)
 }
 
 func TestBrokerOfThePage(t *testing.T) {
-	d := start(t, blocks(t, "## Brokers", "hcl")[0])
+	d := start(t, "Brokers")
 	program := broker(t)
 	w := workload(t, agentUID)
 	b := d.broker(t, program, proxyUID, strconv.Itoa(w.Process.Pid))
@@ -266,7 +184,7 @@ func TestPodsOfThePage(t *testing.T) {
 		t.Fatal(err)
 	}
 	k := kubelet.Start(t, pods)
-	d := start(t, blocks(t, "### Pods", "hcl")[0],
+	d := start(t, "Pods",
 		"https://node-1:10250", k.URL, "/etc/deputy/kubelet.token", k.TokenFile, "/var/lib/kubelet/pki/kubelet.crt", k.CAFile)
 	program := broker(t)
 	b := d.broker(t, program, proxyUID, "default/demo")
@@ -279,31 +197,14 @@ func TestPodsOfThePage(t *testing.T) {
 // The connection outlives the program that was attested as a delegate; what
 // comes over it does not.
 func TestProgramThatADelegateExecutesGetsNothing(t *testing.T) {
-	dir, err := os.MkdirTemp("", "dl")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	if err := os.Chmod(dir, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	self, err := os.ReadFile("/proc/self/exe")
-	if err != nil {
-		t.Fatal(err)
-	}
-	program := filepath.Join(dir, "proxy")
-	if err := os.WriteFile(program, self, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	d := start(t, blocks(t, "## Delegated identity", "hcl")[0], `"unix:uid:990"`, fmt.Sprintf(`"unix:uid:990", "unix:path:%s"`, program))
+	program := scratch.Program(t, filepath.Join(scratch.Dir(t), "proxy"), "/proc/self/exe")
+	d := start(t, "Delegated identity", `"unix:uid:990"`, fmt.Sprintf(`"unix:uid:990", "unix:path:%s"`, program))
 	honest := d.delegateAt(t, proxyUID, program, "mesh:a")
 	honest.says(t, "")
 	attacker := d.delegateAt(t, proxyUID, program, "exec:mesh:a")
 	attacker.says(t, "")
 	attacker.says(t, "executed")
-	if out, err := exec.Command(binary.Deputy(t), "entry", "create", "/secret", "--selector", "mesh:a", "--admin-socket", d.path("private/admin.sock")).CombinedOutput(); err != nil {
-		t.Fatalf("%v: %s", err, out)
-	}
+	d.Run(t, "entry", "create", "/secret", "--selector", "mesh:a")
 	honest.says(t, "/secret")
 	stays := attacker.soon()
 	for attacker.lines.Scan() {
@@ -317,20 +218,20 @@ func TestProgramThatADelegateExecutesGetsNothing(t *testing.T) {
 	d.delegate(t, proxyUID, "mesh:a").ends(t, "no identity issued") // another program of the same user
 }
 
-func (d *daemon) delegate(t *testing.T, uid uint32, what string) *player {
+func (d *host) delegate(t *testing.T, uid uint32, what string) *player {
 	t.Helper()
 	return d.delegateAt(t, uid, "/proc/self/exe", what)
 }
 
-func (d *daemon) delegateAt(t *testing.T, uid uint32, program, what string) *player {
+func (d *host) delegateAt(t *testing.T, uid uint32, program, what string) *player {
 	t.Helper()
-	cmd := as(uid, exec.Command(program, what))
-	cmd.Env = []string{"LENDING_DELEGATE=" + d.path("delegated/delegated.sock"), "GORACE=atexit_sleep_ms=0"}
+	cmd := process.As(uid, exec.Command(program, what))
+	cmd.Env = []string{"LENDING_DELEGATE=" + filepath.Join(d.Dir, "delegated/delegated.sock"), "GORACE=atexit_sleep_ms=0"}
 	return play(t, cmd)
 }
 
 func TestDelegateOfThePage(t *testing.T) {
-	d := start(t, blocks(t, "## Delegated identity", "hcl")[0])
+	d := start(t, "Delegated identity")
 	w := workload(t, agentUID)
 	p := d.delegate(t, proxyUID, strconv.Itoa(w.Process.Pid))
 	p.says(t, "/agent/writer")
@@ -345,11 +246,8 @@ func TestDelegateOfThePage(t *testing.T) {
 
 	mesh := d.delegate(t, proxyUID, "cilium:mutual-auth")
 	mesh.says(t, "")
-	line := strings.TrimSpace(blocks(t, "## Delegated identity", "sh")[0])
-	args := strings.Fields(strings.Replace(line, "sudo deputy ", "", 1))
-	if out, err := exec.Command(binary.Deputy(t), append(args, "--admin-socket", d.path("private/admin.sock"))...).CombinedOutput(); err != nil {
-		t.Fatalf("%s: %v: %s", line, err, out)
-	}
+	line := section(t, "Delegated identity").Blocks(t, "sh")[0]
+	d.Run(t, strings.Fields(page.Change(t, line, "sudo deputy ", ""))...)
 	mesh.says(t, "/identity/1234")
 }
 

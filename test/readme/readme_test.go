@@ -10,24 +10,16 @@ import (
 	"testing"
 
 	"github.com/deputy-id/deputy/test/binary"
+	"github.com/deputy-id/deputy/test/need"
+	"github.com/deputy-id/deputy/test/page"
+	"github.com/deputy-id/deputy/test/process"
+	"github.com/deputy-id/deputy/test/scratch"
 )
 
 // blocks returns the fenced blocks of a language, in order.
 func blocks(t *testing.T, language string) []string {
 	t.Helper()
-	text, err := os.ReadFile("../../README.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var all []string
-	for _, part := range strings.Split(string(text), "\n```"+language+"\n")[1:] {
-		block, _, ok := strings.Cut(part, "\n```")
-		if !ok {
-			t.Fatalf("a block of %s does not end", language)
-		}
-		all = append(all, block+"\n")
-	}
-	return all
+	return page.Open(t, "../../README.md").Blocks(t, language)
 }
 
 func TestMain(m *testing.M) {
@@ -43,12 +35,9 @@ func TestConfigurationsCheck(t *testing.T) {
 		t.Fatalf("got %d configurations in the README, want at least 4", len(all))
 	}
 	for i, text := range all {
-		file := filepath.Join(t.TempDir(), fmt.Sprintf("readme-%d.hcl", i))
-		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		if out, err := exec.Command(deputy, "conf", "check", file).CombinedOutput(); err != nil {
-			t.Errorf("%v: %s\nof\n%s", err, out, text)
+		file := scratch.Write(t, filepath.Join(t.TempDir(), fmt.Sprintf("readme-%d.hcl", i)), text)
+		if _, err := process.Try(exec.Command(deputy, "conf", "check", file)); err != nil {
+			t.Errorf("%v\nof\n%s", err, text)
 		}
 	}
 }
@@ -56,12 +45,7 @@ func TestConfigurationsCheck(t *testing.T) {
 // The lines under "By hand", as root, on file systems of their own where the
 // daemon's default paths are empty.
 func TestSixtySecondsByHand(t *testing.T) {
-	if os.Getuid() != 0 {
-		if os.Getenv("CI") != "" {
-			t.Fatal("the README's lines use sudo: they need root")
-		}
-		t.Skip("SKIPPED: the README's lines use sudo: they need root")
-	}
+	need.Root(t, "the lines that use sudo")
 	var lines string
 	for _, b := range blocks(t, "sh") {
 		if strings.Contains(b, "deputy run &") {

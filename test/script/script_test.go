@@ -20,11 +20,9 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 
 	"github.com/deputy-id/deputy/test/binary"
+	"github.com/deputy-id/deputy/test/scratch"
+	"github.com/deputy-id/deputy/test/wait"
 )
-
-// patience bounds every wait of a script. A machine that is busy needs it; a
-// wait ends as soon as it can.
-const patience = 30 * time.Second
 
 func TestMain(m *testing.M) {
 	code := m.Run()
@@ -33,19 +31,10 @@ func TestMain(m *testing.M) {
 }
 
 func TestScripts(t *testing.T) {
-	// The path of a socket has 107 bytes at most, and t.TempDir takes most of them.
-	root, err := os.MkdirTemp("", "s")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(root) })
-	if err := os.Chmod(root, 0o755); err != nil {
-		t.Fatal(err)
-	}
 	binaries := filepath.Dir(binary.Deputy(t))
 	testscript.Run(t, testscript.Params{
 		Dir:                 ".",
-		WorkdirRoot:         root,
+		WorkdirRoot:         scratch.Dir(t),
 		RequireExplicitExec: true,
 		RequireUniqueNames:  true,
 		Setup: func(env *testscript.Env) error {
@@ -125,7 +114,7 @@ func start(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(err)
 	defer ready.Close()
 	ts.Check(os.Chmod(ts.MkAbs(name+".ready"), 0o666))
-	ready.SetReadDeadline(time.Now().Add(patience))
+	ready.SetReadDeadline(time.Now().Add(wait.Patience))
 
 	d := &daemon{log: ts.MkAbs(name + ".log"), done: make(chan error, 1)}
 	log, err := os.Create(d.log)
@@ -164,7 +153,7 @@ func stopDaemon(ts *testscript.TestScript, neg bool, args []string) {
 			text, _ := os.ReadFile(d.log)
 			ts.Fatalf("%s ended with %v\n%s", args[0], err, text)
 		}
-	case <-time.After(patience):
+	case <-time.After(wait.Patience):
 		ts.Fatalf("%s did not end", args[0])
 	}
 }
@@ -266,7 +255,7 @@ func mount(ts *testscript.TestScript, _ bool, args []string) {
 
 // poll waits for something that a script can only look at.
 func poll(ts *testscript.TestScript, look func() (ok bool, otherwise string)) {
-	for end := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
+	for end := time.Now().Add(wait.Patience); ; time.Sleep(10 * time.Millisecond) {
 		ok, otherwise := look()
 		if ok {
 			return
@@ -279,7 +268,7 @@ func poll(ts *testscript.TestScript, look func() (ok bool, otherwise string)) {
 
 // command is one with the script's directory and environment.
 func command(ts *testscript.TestScript, name string, args ...string) *exec.Cmd {
-	ctx, cancel := context.WithTimeout(context.Background(), 4*patience)
+	ctx, cancel := context.WithTimeout(context.Background(), 4*wait.Patience)
 	ts.Defer(cancel)
 	path := name
 	for _, dir := range filepath.SplitList(ts.Getenv("PATH")) {

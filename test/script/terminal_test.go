@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/deputy-id/deputy/test/binary"
+	"github.com/deputy-id/deputy/test/wait"
 )
 
 // terminal opens a pseudo-terminal: ours is the keyboard and the screen.
@@ -48,7 +49,7 @@ func TestExecGetsAnInterruptOfTheTerminalOnce(t *testing.T) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	watchdog := time.AfterFunc(patience, func() { cmd.Process.Kill() })
+	watchdog := time.AfterFunc(wait.Patience, func() { cmd.Process.Kill() })
 	defer watchdog.Stop()
 	theirs.Close()
 

@@ -1,14 +1,14 @@
 package main
 
 import (
-	"errors"
 	"fmt"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"time"
+
+	"github.com/deputy-id/deputy/test/loopback"
 )
 
 // spireVersion is that of test/peers.
@@ -42,14 +42,14 @@ func startSPIRE(p place) (agent *server, stop func(), err error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, nil, err
 	}
-	port, err := freePort()
+	port, err := loopback.Find()
 	if err != nil {
 		return nil, nil, err
 	}
 	api := filepath.Join(dir, "server.sock")
 	file, err := writeFile(dir, "server.conf", `server {
   bind_address = "127.0.0.1"
-  bind_port    = %q
+  bind_port    = "%d"
   trust_domain = "bench.example"
   data_dir     = %q
   socket_path  = %q
@@ -108,7 +108,7 @@ plugins {
 	}
 	file, err = writeFile(dir, "agent.conf", `agent {
   server_address    = "127.0.0.1"
-  server_port       = %q
+  server_port       = "%d"
   trust_domain      = "bench.example"
   trust_bundle_path = %q
   join_token        = %q
@@ -145,13 +145,4 @@ plugins {
 func writeFile(dir, name, format string, args ...any) (string, error) {
 	path := filepath.Join(dir, name)
 	return path, os.WriteFile(path, fmt.Appendf(nil, format, args...), 0o600)
-}
-
-func freePort() (string, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return "", err
-	}
-	_, port, err := net.SplitHostPort(l.Addr().String())
-	return port, errors.Join(err, l.Close())
 }

@@ -12,6 +12,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/deputy-id/deputy/test/loopback"
 )
 
 // A Registry is a running image registry on loopback.
@@ -78,13 +80,11 @@ func startRegistry(dir string) (*Registry, error) {
 	if err != nil {
 		return nil, err
 	}
-	// A port that is free now: the server cannot be given a socket.
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	port, err := loopback.Find()
 	if err != nil {
 		return nil, err
 	}
-	r := &Registry{address: l.Addr().String()}
-	l.Close()
+	r := &Registry{address: fmt.Sprint("127.0.0.1:", port)}
 	config := fmt.Sprintf("version: 0.1\nlog: {level: warn}\nstorage: {filesystem: {rootdirectory: %q}}\nhttp: {addr: %q}\n",
 		filepath.Join(dir, "registry"), r.address)
 	file := filepath.Join(dir, "registry.yml")

@@ -33,10 +33,15 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/deputy-id/deputy/test/binary"
+	"github.com/deputy-id/deputy/test/daemon"
+	"github.com/deputy-id/deputy/test/page"
+	"github.com/deputy-id/deputy/test/process"
+	"github.com/deputy-id/deputy/test/scratch"
 )
 
 // cached is the path of what is made once for this machine: where the tests of
@@ -81,10 +86,8 @@ func build(name string, files []string, make func(dir string) error) (string, er
 func do(dir, name string, args ...string) error {
 	cmd := exec.Command(name, args...)
 	cmd.Dir = dir
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("%s %s: %w\n%s", name, strings.Join(args, " "), err, out)
-	}
-	return nil
+	_, err := process.Try(cmd)
+	return err
 }
 
 func TestPython(t *testing.T) {
@@ -138,123 +141,10 @@ func TestRust(t *testing.T) {
 	ofThePage(t, "rust", "rust/src/bin/agent.rs", filepath.Join(target, "debug/agent"))
 }
 
-// deputy builds the daemon from the module above.
-var deputy = sync.OnceValues(func() (string, error) {
-	path := filepath.Join(scratch, "deputy")
-	cmd := exec.Command("go", "build", "-o", path, "./cmd/deputy")
-	cmd.Dir = "../.."
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("build deputy: %w\n%s", err, out)
-	}
-	return path, nil
-})
-
-// scratch is a directory for what is built anew.
-var scratch string
-
 func TestMain(m *testing.M) {
-	var err error
-	if scratch, err = os.MkdirTemp("", "dp"); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		os.Exit(1)
-	}
 	code := m.Run()
-	os.RemoveAll(scratch)
+	binary.Remove()
 	os.Exit(code)
-}
-
-// A daemon is a deputy that can be started again.
-type daemon struct {
-	binary, dir, workload, admin string
-
-	cmd *exec.Cmd // nil: it does not run
-}
-
-func newDaemon(t *testing.T, trustDomain, config string) *daemon {
-	t.Helper()
-	binary, err := deputy()
-	if err != nil {
-		t.Fatal(err)
-	}
-	dir, err := os.MkdirTemp("", "dp") // t.TempDir is too long for a socket
-	if err != nil {
-		t.Fatal(err)
-	}
-	d := &daemon{binary: binary, dir: dir, workload: filepath.Join(dir, "public/w.sock"), admin: filepath.Join(dir, "private/a.sock")}
-	t.Cleanup(func() {
-		if d.cmd != nil {
-			d.stop(t, syscall.SIGTERM)
-		}
-		if t.Failed() {
-			t.Logf("log of the daemon:\n%s", d.log(t))
-		}
-		os.RemoveAll(dir)
-	})
-	text := fmt.Sprintf("trust_domain = %q\ndata_dir = %q\nworkload_socket { path = %q }\nadmin_socket { path = %q }\n%s",
-		trustDomain, filepath.Join(dir, "data"), d.workload, d.admin, config)
-	if err := os.WriteFile(filepath.Join(dir, "deputy.hcl"), []byte(text), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	d.start(t)
-	return d
-}
-
-func (d *daemon) start(t *testing.T) {
-	t.Helper()
-	log, err := os.OpenFile(filepath.Join(d.dir, "log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer log.Close()
-	d.cmd = exec.Command(d.binary, "run", "--config", filepath.Join(d.dir, "deputy.hcl"))
-	d.cmd.Stderr = log
-	if err := d.cmd.Start(); err != nil {
-		d.cmd = nil
-		t.Fatal(err)
-	}
-	await(t, "the daemon", func() bool { return exec.Command(d.binary, "health", "--socket", d.workload).Run() == nil })
-}
-
-// stop sends a signal and waits for the end.
-func (d *daemon) stop(t *testing.T, signal os.Signal) {
-	t.Helper()
-	d.cmd.Process.Signal(signal)
-	if err := d.cmd.Wait(); err != nil && signal != syscall.SIGKILL {
-		t.Errorf("deputy run: %v", err)
-	}
-	d.cmd = nil
-}
-
-func (d *daemon) log(t *testing.T) string {
-	t.Helper()
-	b, err := os.ReadFile(filepath.Join(d.dir, "log"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return string(b)
-}
-
-// cli is a command of the operator's, which has to succeed.
-func (d *daemon) cli(t *testing.T, args ...string) string {
-	t.Helper()
-	cmd := exec.Command(d.binary, append(args, "--admin-socket", d.admin)...)
-	var stderr bytes.Buffer
-	cmd.Stderr = &stderr
-	out, err := cmd.Output()
-	if err != nil {
-		t.Fatalf("deputy %s: %v\n%s", strings.Join(args, " "), err, &stderr)
-	}
-	return string(out)
-}
-
-func await(t *testing.T, what string, ready func() bool) {
-	t.Helper()
-	for end := time.Now().Add(60 * time.Second); !ready(); time.Sleep(20 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("waited for nothing: %s", what)
-		}
-	}
 }
 
 // A program is a client that runs.
@@ -265,10 +155,10 @@ type program struct {
 }
 
 // launch runs a client for the length of the test.
-func (d *daemon) launch(t *testing.T, client []string, task string) *program {
+func launch(t *testing.T, d *daemon.Daemon, client []string, task string) *program {
 	t.Helper()
 	p := &program{cmd: exec.Command(client[0], append(client[1:len(client):len(client)], task)...), lines: make(chan []string)}
-	p.cmd.Env = append(os.Environ(), "SPIFFE_ENDPOINT_SOCKET=unix://"+d.workload)
+	p.cmd.Env = d.Env()
 	var stderr bytes.Buffer
 	p.cmd.Stderr = &stderr
 	out, err := p.cmd.StdoutPipe()
@@ -423,9 +313,9 @@ func part(t *testing.T, token string, n int, into any) {
 
 // authorities are the certificates of a bundle that the command line prints, as
 // the clients print them.
-func (d *daemon) authorities(t *testing.T) (all []string) {
+func authorities(t *testing.T, d *daemon.Daemon) (all []string) {
 	t.Helper()
-	for rest := []byte(d.cli(t, "bundle", "show")); ; {
+	for rest := []byte(d.Run(t, "bundle", "show")); ; {
 		var block *pem.Block
 		if block, rest = pem.Decode(rest); block == nil {
 			return all
@@ -465,16 +355,12 @@ func exercise(t *testing.T, client ...string) {
 	own := fmt.Sprintf("unix:uid:%d", os.Getuid())
 
 	t.Run("gets and validates everything", func(t *testing.T) {
-		other := newDaemon(t, "other.example", "")
-		d := newDaemon(t, "clients.example", fmt.Sprintf("entry \"/agent\" {\n  selectors = [%q]\n  federates_with = [\"other.example\"]\n}\n", own))
-		theirs := other.cli(t, "bundle", "show", "--format", "spiffe")
-		file := filepath.Join(d.dir, "other.json")
-		if err := os.WriteFile(file, []byte(theirs), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		d.cli(t, "bundle", "set", "other.example", "--path", file)
+		other := daemon.Start(t, "other.example", "")
+		d := daemon.Start(t, "clients.example", fmt.Sprintf("entry \"/agent\" {\n  selectors = [%q]\n  federates_with = [\"other.example\"]\n}\n", own))
+		theirs := other.Run(t, "bundle", "show", "--format", "spiffe")
+		d.Run(t, "bundle", "set", "other.example", "--path", scratch.Write(t, filepath.Join(d.Dir, "other.json"), theirs))
 
-		lines := d.launch(t, client, "fetch").all(t)
+		lines := launch(t, d, client, "fetch").all(t)
 		svids := of(lines, "x509")
 		if len(svids) != 1 || svids[0][0] != id {
 			t.Fatalf("got SVIDs %q, want one of %s", svids, id)
@@ -483,7 +369,7 @@ func exercise(t *testing.T, client ...string) {
 			t.Errorf("got a certificate of %v, want %s", got, id)
 		}
 		// Once with the SVID, and once by themselves.
-		wantX509 := map[string][]string{"clients.example": d.authorities(t), "other.example": other.authorities(t)}
+		wantX509 := map[string][]string{"clients.example": authorities(t, d), "other.example": authorities(t, other)}
 		if got := of(lines, "x509-bundle"); len(got) != 4 {
 			t.Errorf("got %d X.509 bundles, want two at each of two calls", len(got))
 		}
@@ -492,7 +378,7 @@ func exercise(t *testing.T, client ...string) {
 				t.Errorf("X.509 bundle of %s: got %q, want %q", got[0], got[1:], want)
 			}
 		}
-		wantJWT := map[string][]string{"clients.example": keys(t, d.cli(t, "bundle", "show", "--format", "spiffe")), "other.example": keys(t, theirs)}
+		wantJWT := map[string][]string{"clients.example": keys(t, d.Run(t, "bundle", "show", "--format", "spiffe")), "other.example": keys(t, theirs)}
 		if got := of(lines, "jwt-bundle"); len(got) != 2 {
 			t.Errorf("got %d JWT bundles, want two", len(got))
 		}
@@ -535,8 +421,8 @@ func exercise(t *testing.T, client ...string) {
 	})
 
 	t.Run("is told that it has no identity", func(t *testing.T) {
-		d := newDaemon(t, "clients.example", "")
-		lines := d.launch(t, client, "fetch").all(t)
+		d := daemon.Start(t, "clients.example", "")
+		lines := launch(t, d, client, "fetch").all(t)
 		var refused []string
 		for _, line := range lines {
 			if line[0] != "error" || !denied(line[2:]) {
@@ -550,11 +436,11 @@ func exercise(t *testing.T, client ...string) {
 	})
 
 	t.Run("lives through all that happens", func(t *testing.T) {
-		d := newDaemon(t, "clients.example", "")
-		p := d.launch(t, client, "watch")
+		d := daemon.Start(t, "clients.example", "")
+		p := launch(t, d, client, "watch")
 		create := func() string {
 			var entry struct{ ID string }
-			out := d.cli(t, "entry", "create", "/agent", "--selector", own, "--x509-ttl", ttl.String(), "--output", "json")
+			out := d.Run(t, "entry", "create", "/agent", "--selector", own, "--x509-ttl", ttl.String(), "--output", "json")
 			if err := json.Unmarshal([]byte(out), &entry); err != nil || entry.ID == "" {
 				t.Fatalf("got %s, %v, want an entry with its ID", out, err)
 			}
@@ -565,7 +451,7 @@ func exercise(t *testing.T, client ...string) {
 			t.Fatalf("got %q before there was an entry", before)
 		}
 		asked := fmt.Sprintf("pid=%d ", p.cmd.Process.Pid)
-		await(t, "a denial", func() bool { return strings.Contains(d.log(t), asked) })
+		d.Says(t, asked)
 		entry := create()
 		first := p.renewed(t, time.Time{})
 		if life := time.Until(first.NotAfter); life > ttl {
@@ -578,16 +464,19 @@ func exercise(t *testing.T, client ...string) {
 		// A daemon that stops must not end a stream well: Java's client would take
 		// that for the end, and never ask again.
 		for _, signal := range []os.Signal{syscall.SIGTERM, syscall.SIGKILL} {
-			d.stop(t, signal)
+			d.Signal(t, signal)
+			if err := d.Wait(t); err != nil && signal != syscall.SIGKILL {
+				t.Errorf("deputy run: %v", err)
+			}
 			since := time.Now()
-			d.start(t)
+			d.Start(t)
 			p.renewed(t, since)
 		}
 
 		// The open stream ends, for it has no identity any more; then it has one again.
-		d.cli(t, "entry", "delete", entry)
+		d.Run(t, "entry", "delete", entry)
 		var exit *exec.ExitError
-		if err := exec.Command(d.binary, "fetch", "x509", "--socket", d.workload).Run(); !errors.As(err, &exit) || exit.ExitCode() != 3 {
+		if err := d.Command("fetch", "x509").Run(); !errors.As(err, &exit) || exit.ExitCode() != 3 {
 			t.Errorf("deputy fetch: got %v, want status 3", err)
 		}
 		since := time.Now()
@@ -600,19 +489,15 @@ func exercise(t *testing.T, client ...string) {
 // file's.
 func ofThePage(t *testing.T, language, file string, agent ...string) {
 	t.Run("is what the page shows", func(t *testing.T) {
-		page, err := os.ReadFile("../../docs/mesh.md")
-		if err != nil {
-			t.Fatal(err)
-		}
 		source, err := os.ReadFile(file)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if !strings.Contains(string(page), "\n```"+language+"\n"+string(source)+"```\n") {
+		if !slices.Contains(page.Open(t, "../../docs/mesh.md").Blocks(t, language), string(source)) {
 			t.Fatalf("the page does not show %s as it is", file)
 		}
-		d := newDaemon(t, "clients.example", fmt.Sprintf("entry \"/agent\" { selectors = [\"unix:uid:%d\"] }\n", os.Getuid()))
-		if line, _ := d.launch(t, agent, "").next(t); !slices.Equal(line, []string{id}) {
+		d := daemon.Start(t, "clients.example", fmt.Sprintf("entry \"/agent\" { selectors = [\"unix:uid:%d\"] }\n", os.Getuid()))
+		if line, _ := launch(t, d, agent, "").next(t); !slices.Equal(line, []string{id}) {
 			t.Errorf("got %q, want %s", line, id)
 		}
 	})

@@ -8,7 +8,7 @@ LDFLAGS := -s -w -X main.version=$(VERSION)
 STATIC  := CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)'
 FUZZ    ?= 20s
 
-# Where the peers' tests, too, keep what they build; the version is that of test/peers/go.mod.
+# Where the peers' tests, too, keep what they build; the version is that of test/peers/spire/go.mod.
 SPIRE         := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/deputy-peers
 SPIRE_VERSION := 1.15.3
 
@@ -69,7 +69,7 @@ bench-peers: $(SPIRE)/spire-server-$(SPIRE_VERSION) $(SPIRE)/spire-agent-$(SPIRE
 
 # The server's SQLite needs C. The tests of test/peers use the same files.
 $(SPIRE)/spire-%-$(SPIRE_VERSION):
-	cd test/peers && CGO_ENABLED=1 $(GO) build -o $@ github.com/spiffe/spire/cmd/spire-$*
+	cd test/peers/spire && CGO_ENABLED=1 $(GO) build -o $@ github.com/spiffe/spire/cmd/spire-$*
 
 proto: ## Generate the Go code of proto/ (needs protoc: apt-get install protobuf-compiler)
 	cd tools && CGO_ENABLED=0 $(GO) build -o ../$(BIN)/tools/ google.golang.org/protobuf/cmd/protoc-gen-go google.golang.org/grpc/cmd/protoc-gen-go-grpc

@@ -16,14 +16,17 @@ import (
 	"time"
 )
 
-// spireVersion is that of go.mod.
+// spireVersion is that of spire/go.mod.
 const spireVersion = "1.15.3"
 
 // spireServer builds SPIRE's server, whose command line is a client of the
 // admin socket, once for this machine.
-var spireServer = sync.OnceValues(func() (string, error) {
-	return build("spire-server-"+spireVersion, "github.com/spiffe/spire/cmd/spire-server")
-})
+var spireServer = sync.OnceValues(func() (string, error) { return buildSPIRE("server") })
+
+func buildSPIRE(part string) (string, error) {
+	name := "spire-" + part
+	return buildIn("spire", name+"-"+spireVersion, "github.com/spiffe/spire/cmd/"+name)
+}
 
 // cached is the path of what is made once for this machine: in the user's cache
 // directory, if there is one.
@@ -35,13 +38,8 @@ func cached(name string) string {
 	return filepath.Join(cache, "deputy-peers", name)
 }
 
-// build keeps a binary in the user's cache directory, under a name that holds its version.
-func build(name, pkg string) (string, error) {
-	return buildIn(".", name, pkg)
-}
-
-// buildAlone builds a program whose requirements do not go together with
-// SPIRE's: the module in the directory of its name pins it.
+// buildAlone builds a program that the module in the directory of its name
+// pins, with what it requires and nobody else.
 func buildAlone(name, module, pkg string) (string, error) {
 	cmd := exec.Command("go", "list", "-m", "-f", "{{.Version}}", module)
 	cmd.Dir = name
@@ -52,7 +50,8 @@ func buildAlone(name, module, pkg string) (string, error) {
 	return buildIn(name, name+"-"+strings.TrimPrefix(strings.TrimSpace(string(version)), "v"), pkg)
 }
 
-// buildIn builds in the module of a directory.
+// buildIn keeps a binary in the user's cache directory, under a name that holds
+// its version. It is built in the module of a directory.
 func buildIn(dir, name, pkg string) (string, error) {
 	path := cached(name)
 	if _, err := os.Stat(path); err == nil {

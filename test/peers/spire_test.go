@@ -25,9 +25,7 @@ import (
 )
 
 // spireAgent builds SPIRE's agent, once for this machine.
-var spireAgent = sync.OnceValues(func() (string, error) {
-	return build("spire-agent-"+spireVersion, "github.com/spiffe/spire/cmd/spire-agent")
-})
+var spireAgent = sync.OnceValues(func() (string, error) { return buildSPIRE("agent") })
 
 const node = "spiffe://example.org/node"
 

@@ -3,7 +3,6 @@
 package peers
 
 import (
-	"bytes"
 	"flag"
 	"fmt"
 	"os"
@@ -11,9 +10,11 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
-	"time"
+
+	"github.com/deputy-id/deputy/test/binary"
+	"github.com/deputy-id/deputy/test/daemon"
+	"github.com/deputy-id/deputy/test/process"
 )
 
 // spireVersion is that of spire/go.mod.
@@ -70,42 +71,25 @@ func buildIn(dir, name, pkg string) (string, error) {
 	return path, os.Rename(temp, path)
 }
 
-// deputy builds the daemon from the module above.
-var deputy = sync.OnceValues(func() (string, error) {
-	dir, err := os.MkdirTemp("", "deputy-peers-")
+// built is what one of these builds.
+func built(t testing.TB, build func() (string, error)) string {
+	t.Helper()
+	path, err := build()
 	if err != nil {
-		return "", err
+		t.Fatal(err)
 	}
-	scratch = append(scratch, dir)
-	path := filepath.Join(dir, "deputy")
-	cmd := exec.Command("go", "build", "-o", path, "./cmd/deputy")
-	cmd.Dir = "../.."
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("build deputy: %w\n%s", err, out)
-	}
-	return path, nil
-})
+	return path
+}
 
 // plugins builds those of SPIRE's plugins that are ours, and what the tests of
 // them run, and returns their directory.
-var plugins = sync.OnceValues(func() (string, error) {
-	dir, err := os.MkdirTemp("", "deputy-peers-")
-	if err != nil {
-		return "", err
+func plugins(t testing.TB) (dir string) {
+	t.Helper()
+	for _, pkg := range []string{"cmd/deputy-claims", "cmd/deputy-attest", "test/agent", "test/composer", "test/container"} {
+		dir = filepath.Dir(binary.Program(t, pkg))
 	}
-	scratch = append(scratch, dir)
-	cmd := exec.Command("go", "build", "-o", dir+"/", "./cmd/deputy-claims", "./cmd/deputy-attest", "./test/agent", "./test/composer", "./test/container")
-	cmd.Dir = "../.."
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("build the plugins: %w\n%s", err, out)
-	}
-	return dir, nil
-})
-
-// scratch are directories of binaries to remove in the end.
-var scratch []string
+	return dir
+}
 
 func TestMain(m *testing.M) {
 	if dir := os.Getenv(cellRole); dir != "" {
@@ -119,78 +103,32 @@ func TestMain(m *testing.M) {
 	flag.Parse()
 	flag.Set("test.parallel", "4")
 	code := m.Run()
-	for _, dir := range scratch {
-		os.RemoveAll(dir)
-	}
+	binary.Remove()
 	os.Exit(code)
 }
 
-// A daemon is a running deputy with its directory.
-type daemon struct {
-	binary, dir, workload, admin string
-}
+// A host is where a daemon runs.
+type host struct{ *daemon.Daemon }
 
 // start runs a daemon for the length of the test, with these lines of
 // configuration after its trust domain and sockets.
-func start(t *testing.T, trustDomain, config string) *daemon {
+func start(t *testing.T, trustDomain, config string) *host {
 	t.Helper()
-	binary, err := deputy()
-	if err != nil {
-		t.Fatal(err)
-	}
-	dir, err := os.MkdirTemp("", "dp") // t.TempDir is too long for a socket
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	d := &daemon{binary, dir, filepath.Join(dir, "public/w.sock"), filepath.Join(dir, "private/a.sock")}
-	file := filepath.Join(dir, "deputy.hcl")
-	text := fmt.Sprintf("trust_domain = %q\ndata_dir = %q\nworkload_socket { path = %q }\nadmin_socket { path = %q }\n%s",
-		trustDomain, filepath.Join(dir, "data"), d.workload, d.admin, config)
-	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	var log bytes.Buffer
-	cmd := exec.Command(binary, "run", "--config", file)
-	cmd.Stderr = &log
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		cmd.Process.Signal(syscall.SIGTERM)
-		if err := cmd.Wait(); err != nil {
-			t.Errorf("deputy run: %v", err)
-		}
-		if t.Failed() {
-			t.Logf("log of the daemon:\n%s", &log)
-		}
-	})
-	for end := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
-		if exec.Command(binary, "health", "--socket", d.workload).Run() == nil {
-			return d
-		}
-		if time.Now().After(end) {
-			t.Fatalf("deputy did not become healthy:\n%s", &log)
-		}
-	}
+	return &host{daemon.Start(t, trustDomain, config)}
 }
 
 // run runs a command, wants it to succeed and returns its output.
 func run(t *testing.T, name string, args ...string) string {
 	t.Helper()
-	out, err := exec.Command(name, args...).CombinedOutput()
-	if err != nil {
-		t.Fatalf("%s %s: %v\n%s", filepath.Base(name), strings.Join(args, " "), err, out)
-	}
-	return string(out)
+	return process.Run(t, exec.Command(name, args...))
 }
 
 // fail runs a command, wants it to fail and returns its output.
 func fail(t *testing.T, name string, args ...string) string {
 	t.Helper()
-	out, err := exec.Command(name, args...).CombinedOutput()
+	out, err := process.Try(exec.Command(name, args...))
 	if err == nil {
 		t.Fatalf("%s %s: got success, want failure\n%s", filepath.Base(name), strings.Join(args, " "), out)
 	}
-	return string(out)
+	return out
 }

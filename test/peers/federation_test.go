@@ -18,6 +18,12 @@ import (
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/federation"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/deputy-id/deputy/test/loopback"
+	"github.com/deputy-id/deputy/test/need"
+	"github.com/deputy-id/deputy/test/process"
+	"github.com/deputy-id/deputy/test/scratch"
+	"github.com/deputy-id/deputy/test/wait"
 )
 
 // endpointURL is that of a bundle endpoint on loopback.
@@ -25,12 +31,12 @@ func endpointURL(port int) string { return fmt.Sprintf("https://127.0.0.1:%d/", 
 
 // The page's steps, on one host: two daemons federate as it says.
 func TestFederationAsThePageSays(t *testing.T) {
-	needRoot(t)
+	need.Root(t, "the page's lines, which use sudo")
 	hcl, sh := meshBlocks(t, "Federation", "hcl"), meshBlocks(t, "Federation", "sh")
 	if len(hcl) != 4 || len(sh) != 5 {
 		t.Fatalf("the page has %d blocks of HCL and %d of commands, want 4 and 5", len(hcl), len(sh))
 	}
-	ports := map[string]int{"one": freePort(t), "two": freePort(t)}
+	ports := map[string]int{"one": loopback.Port(t), "two": loopback.Port(t)}
 	etc := t.TempDir()
 	other := map[string]string{"one": "two", "two": "one"}
 	swap := strings.NewReplacer("one", "two", "two", "one")
@@ -49,7 +55,7 @@ func TestFederationAsThePageSays(t *testing.T) {
 		).Replace(text)
 		return strings.Replace(text, fmt.Sprintf("trust_domain = %q\n", name+".example"), "", 1)
 	}
-	hosts := map[string]*daemon{}
+	hosts := map[string]*host{}
 	for name := range ports {
 		hosts[name] = start(t, name+".example", fit(name, hcl[0]))
 	}
@@ -62,15 +68,14 @@ func TestFederationAsThePageSays(t *testing.T) {
 		}
 		cmd := exec.Command("sh", "-ec", strings.NewReplacer("sudo ", "", "/etc/deputy/", etc+"/").Replace(text))
 		cmd.Dir = dir
-		cmd.Env = append(os.Environ(), "PATH="+filepath.Dir(d.binary)+":"+os.Getenv("PATH"), "SPIFFE_ENDPOINT_SOCKET=unix://"+d.workload, "DEPUTY_ADMIN_SOCKET="+d.admin)
-		out, err := cmd.CombinedOutput()
-		return string(out), err
+		cmd.Env = append(d.Env(), "PATH="+filepath.Dir(d.Binary)+":"+os.Getenv("PATH"))
+		return process.Try(cmd)
 	}
 	must := func(name, text string) string {
 		t.Helper()
 		out, err := do(name, text)
 		if err != nil {
-			t.Fatalf("host %s: %s: %v\n%s", name, text, err, out)
+			t.Fatalf("host %s: %v", name, err)
 		}
 		return out
 	}
@@ -83,10 +88,10 @@ func TestFederationAsThePageSays(t *testing.T) {
 		if !ok || !strings.Contains(before, "federation {") {
 			t.Fatalf("the page's first block is not a federation and an entry:\n%s", hcl[0])
 		}
-		hosts[name].configure(t, fit(name, hcl[1])+"\nentry"+entry)
+		hosts[name].Configure(t, fit(name, hcl[1])+"\nentry"+entry)
 	}
 	for name := range ports {
-		await(t, "the bundle of "+other[name], func() bool {
+		wait.Until(t, "the bundle of "+other[name], func() bool {
 			out := must(name, sh[2])
 			return strings.Contains(out, other[name]+".example") && strings.Contains(out, " fine ")
 		})
@@ -111,7 +116,7 @@ func TestFederationByTheWebAsThePageSays(t *testing.T) {
 	if len(hcl) != 4 {
 		t.Fatalf("the page has %d blocks of HCL, want 4", len(hcl))
 	}
-	port := freePort(t)
+	port := loopback.Port(t)
 	cert, key, _ := webPair(t)
 	files := strings.NewReplacer(
 		"0.0.0.0:8443", fmt.Sprintf("127.0.0.1:%d", port),
@@ -120,19 +125,14 @@ func TestFederationByTheWebAsThePageSays(t *testing.T) {
 	)
 	two := start(t, "two.example", files.Replace(hcl[2]))
 	one := start(t, "one.example", files.Replace(hcl[3]))
-	list := func() string { return run(t, one.binary, "federation", "list", "--admin-socket", one.admin) }
-	await(t, "the bundle of two", func() bool { return strings.Contains(list(), " fine ") })
-	show := func(d *daemon) string {
-		return run(t, one.binary, "bundle", "show", "two.example", "--admin-socket", d.admin)
-	}
+	list := func() string { return one.Run(t, "federation", "list") }
+	wait.Until(t, "the bundle of two", func() bool { return strings.Contains(list(), " fine ") })
+	show := func(d *host) string { return d.Run(t, "bundle", "show", "two.example") }
 	if got, want := show(one), show(two); got != want {
 		t.Errorf("got %s, want two's own bundle %s", got, want)
 	}
 
-	refresh := func() (string, error) {
-		out, err := exec.Command(one.binary, "federation", "refresh", "two.example", "--admin-socket", one.admin).CombinedOutput()
-		return string(out), err
-	}
+	refresh := func() error { return one.Try("federation", "refresh", "two.example") }
 	replace := func(with string, files ...string) {
 		t.Helper()
 		for i, from := range []string{with, strings.TrimSuffix(with, ".crt") + ".key"}[:len(files)] {
@@ -149,35 +149,16 @@ func TestFederationByTheWebAsThePageSays(t *testing.T) {
 	replace(cert, old)
 	next, _, _ := webPair(t)
 	replace(next, cert, key) // at the server, and with it the CA that one knows
-	await(t, "two's next certificate", func() bool { _, err := refresh(); return err == nil })
+	wait.Until(t, "two's next certificate", func() bool { return refresh() == nil })
 	replace(old, cert) // now one wants the certificate of before, and two keeps the last pair
-	out, err := refresh()
-	if err == nil || !strings.Contains(out, "server is not the bundle endpoint") {
-		t.Errorf("got %q, %v, want that it is the wrong server", out, err)
+	if err := refresh(); err == nil || !strings.Contains(err.Error(), "server is not the bundle endpoint") {
+		t.Errorf("got %v, want that it is the wrong server", err)
 	}
 	if got := list(); !strings.Contains(got, "failing, 1: server is not the bundle endpoint") {
 		t.Errorf("got %q, want the failure", got)
 	}
 	if got, want := show(one), show(two); got != want {
 		t.Error("the last good bundle is gone")
-	}
-}
-
-// configure replaces what stands after the trust domain and the sockets, as an
-// editor does; the daemon reloads it.
-func (d *daemon) configure(t *testing.T, config string) {
-	t.Helper()
-	file := filepath.Join(d.dir, "deputy.hcl")
-	text, err := os.ReadFile(file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	head := strings.SplitAfterN(string(text), "\n", 5)[:4]
-	if err := os.WriteFile(file+".new", []byte(strings.Join(head, "")+config), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Rename(file+".new", file); err != nil {
-		t.Fatal(err)
 	}
 }
 
@@ -188,7 +169,7 @@ func TestFederationThroughRotations(t *testing.T) {
 	names := []string{"one", "two", "three"}
 	ports, web := map[string]int{}, t.TempDir()
 	for _, name := range names {
-		ports[name] = freePort(t)
+		ports[name] = loopback.Port(t)
 	}
 	cert, key, _ := webPair(t)
 	agent := func(name string) string {
@@ -207,15 +188,12 @@ func TestFederationThroughRotations(t *testing.T) {
 		}
 		return fmt.Sprintf("  bundle_endpoint {\n address = \"127.0.0.1:%d\"\n %s\n }\n", ports[name], profile)
 	}
-	all := map[string]*daemon{}
+	all := map[string]*host{}
 	for _, name := range names {
 		all[name] = start(t, name+".example", "federation {\n"+endpoint(name)+"}\n"+agent(name))
 	}
 	for _, name := range names {
-		text := run(t, all[name].binary, "bundle", "show", "--format", "spiffe", "--admin-socket", all[name].admin)
-		if err := os.WriteFile(filepath.Join(web, name+".json"), []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
+		scratch.Write(t, filepath.Join(web, name+".json"), all[name].Run(t, "bundle", "show", "--format", "spiffe"))
 	}
 	for _, name := range names {
 		config := "federation {\n" + endpoint(name)
@@ -230,11 +208,11 @@ func TestFederationThroughRotations(t *testing.T) {
 			}
 			config += fmt.Sprintf("  federates_with \"%s.example\" {\n bundle_endpoint_url = %q\n %s\n }\n", to, endpointURL(ports[to]), profile)
 		}
-		all[name].configure(t, config+"}\n"+agent(name))
+		all[name].Configure(t, config+"}\n"+agent(name))
 	}
 	for _, name := range names {
-		await(t, name+" to follow both others", func() bool {
-			out := run(t, all[name].binary, "federation", "list", "--admin-socket", all[name].admin)
+		wait.Until(t, name+" to follow both others", func() bool {
+			out := all[name].Run(t, "federation", "list")
 			return strings.Count(out, " fine ") == 2
 		})
 	}
@@ -271,13 +249,13 @@ func TestGoSPIFFEFollowsOurEndpoint(t *testing.T) {
 	for _, profile := range []string{"https_spiffe", "https_web"} {
 		t.Run(profile, func(t *testing.T) {
 			t.Parallel()
-			port := freePort(t)
+			port := loopback.Port(t)
 			block := fmt.Sprintf("profile %q {}", profile)
 			if profile == "https_web" {
 				block = fmt.Sprintf("profile %q {\n cert_file = %q\n key_file = %q\n}", profile, cert, key)
 			}
 			d := start(t, "peers.example", fmt.Sprintf("authority \"local\" { ca_ttl = \"30s\" }\nfederation {\n bundle_endpoint {\n address = \"127.0.0.1:%d\"\n %s\n }\n}\n", port, block))
-			first, err := spiffebundle.Parse(td, []byte(run(t, d.binary, "bundle", "show", "--format", "spiffe", "--admin-socket", d.admin)))
+			first, err := spiffebundle.Parse(td, []byte(d.Run(t, "bundle", "show", "--format", "spiffe")))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -338,7 +316,7 @@ func TestFederationWithASPIREServer(t *testing.T) {
 	if len(conf) != 1 {
 		t.Fatalf("the page has %d blocks of SPIRE's configuration, want one", len(conf))
 	}
-	mine, theirs := freePort(t), freePort(t)
+	mine, theirs := loopback.Port(t), loopback.Port(t)
 	local := strings.NewReplacer(
 		"0.0.0.0:8443", fmt.Sprintf("127.0.0.1:%d", mine),
 		`"0.0.0.0"`, `"127.0.0.1"`, "= 8443", fmt.Sprintf("= %d", theirs),
@@ -354,18 +332,12 @@ func TestFederationWithASPIREServer(t *testing.T) {
 	}})
 	s.startServer(t)
 	dir := t.TempDir()
-	bootstrap := filepath.Join(dir, "example.org.json")
-	if err := os.WriteFile(bootstrap, []byte(s.cli(t, "bundle", "show", "-format", "spiffe")), 0o644); err != nil {
-		t.Fatal(err)
-	}
+	bootstrap := scratch.Write(t, filepath.Join(dir, "example.org.json"), s.cli(t, "bundle", "show", "-format", "spiffe"))
 	text := strings.ReplaceAll(local.Replace(hcl[1]), "/etc/deputy/example.org.json", bootstrap)
 	d := start(t, "one.example", text+"authority \"local\" { ca_ttl = \"30s\" }\n"+own("here", "  federates_with = [\"example.org\"]\n"))
 
 	// They follow us.
-	bundle := filepath.Join(dir, "one.example.json")
-	if err := os.WriteFile(bundle, []byte(run(t, d.binary, "bundle", "show", "--format", "spiffe", "--admin-socket", d.admin)), 0o644); err != nil {
-		t.Fatal(err)
-	}
+	bundle := scratch.Write(t, filepath.Join(dir, "one.example.json"), d.Run(t, "bundle", "show", "--format", "spiffe"))
 	s.cli(t, "bundle", "set", "-format", "spiffe", "-id", "spiffe://one.example", "-path", bundle)
 	// theyHave is our bundle as they have it, once it is fetched.
 	theyHave := func() *spiffebundle.Bundle {
@@ -377,11 +349,11 @@ func TestFederationWithASPIREServer(t *testing.T) {
 		return b
 	}
 	first := theyHave().X509Authorities()
-	await(t, "SPIRE to follow our rotation", func() bool { return len(theyHave().X509Authorities()) == len(first)+1 })
+	wait.Until(t, "SPIRE to follow our rotation", func() bool { return len(theyHave().X509Authorities()) == len(first)+1 })
 
 	// We follow them; SPIRE's command line sees it.
-	await(t, "us to follow SPIRE", func() bool {
-		return strings.Contains(run(t, d.binary, "federation", "list", "--admin-socket", d.admin), " fine ")
+	wait.Until(t, "us to follow SPIRE", func() bool {
+		return strings.Contains(d.Run(t, "federation", "list"), " fine ")
 	})
 	contains(t, d.cli(t, "federation", "list"), "Found 1 federation relationship", "example.org", fmt.Sprintf("https://127.0.0.1:%d/", theirs), "https_spiffe", "spiffe://example.org/spire/server")
 	contains(t, d.cli(t, "federation", "show", "-trustDomain", "example.org"), "example.org", "https_spiffe")
@@ -392,9 +364,9 @@ func TestFederationWithASPIREServer(t *testing.T) {
 
 	// They announce another CA.
 	run(t, s.serverBin, "localauthority", "x509", "prepare", "-socketPath", s.serverSock)
-	await(t, "us to follow SPIRE's rotation", func() bool {
-		run(t, d.binary, "federation", "refresh", "example.org", "--admin-socket", d.admin)
-		return strings.Count(run(t, d.binary, "bundle", "show", "example.org", "--admin-socket", d.admin), "BEGIN CERTIFICATE") == 2
+	wait.Until(t, "us to follow SPIRE's rotation", func() bool {
+		d.Run(t, "federation", "refresh", "example.org")
+		return strings.Count(d.Run(t, "bundle", "show", "example.org"), "BEGIN CERTIFICATE") == 2
 	})
 
 	// What their server signs, our agent's bundle verifies.

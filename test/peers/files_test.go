@@ -13,49 +13,37 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/deputy-id/deputy/test/need"
+	"github.com/deputy-id/deputy/test/process"
+	"github.com/deputy-id/deputy/test/scratch"
+	"github.com/deputy-id/deputy/test/wait"
 )
 
 // A fileHost is where programs read the files of deputy watch: the page's
 // paths below a directory, and a daemon with the page's entries, whose
 // X.509-SVIDs live for six seconds.
 type fileHost struct {
-	*daemon
+	*host
 	root string
-	env  []string // beside the test's own
+	env  []string
 }
 
 func newFileHost(t *testing.T) *fileHost {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		if os.Getenv("CI") != "" {
-			t.Fatal("deputy exec --name takes root")
-		}
-		t.Skip("SKIPPED: deputy exec --name takes root")
-	}
-	root, err := os.MkdirTemp("", "df")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(root) })
-	h := &fileHost{root: root}
-	entries := filesPage(t, "# deputy.hcl")
+	need.Root(t, "deputy exec --name")
+	h := &fileHost{root: scratch.Dir(t)}
+	entries := meshBlock(t, "deputy.hcl")
 	for _, id := range []string{"/agents/other", "/agents/Reporting", "/agents/reporting.2", "/analysts/amy"} {
 		entries += fmt.Sprintf("entry %q {\n  selectors = [\"process:exec:%s\"]\n}\n", id, filepath.Base(id))
 	}
-	h.daemon = start(t, "example.org", strings.ReplaceAll(entries, "  selectors =", "  x509_ttl = \"6s\"\n  selectors ="))
-	// Other users run the binary, and reach the socket.
-	for _, dir := range []string{root, filepath.Dir(h.binary), h.dir} {
-		if err := os.Chmod(dir, 0o755); err != nil {
-			t.Fatal(err)
-		}
-	}
+	h.host = start(t, "example.org", strings.ReplaceAll(entries, "  selectors =", "  x509_ttl = \"6s\"\n  selectors ="))
 	for _, dir := range []string{"run", "etc/haproxy", "var/lib/postgresql/15"} {
 		if err := os.MkdirAll(h.at("/"+dir), 0o755); err != nil {
 			t.Fatal(err)
 		}
 	}
-	h.env = []string{"PATH=" + filepath.Dir(h.binary) + ":" + os.Getenv("PATH") + ":/usr/sbin",
-		"SPIFFE_ENDPOINT_SOCKET=" + h.workload, "DEPUTY_ADMIN_SOCKET=" + h.admin}
+	h.env = append(h.Env(), "PATH="+filepath.Dir(h.Binary)+":"+os.Getenv("PATH")+":/usr/sbin")
 	return h
 }
 
@@ -63,55 +51,29 @@ func newFileHost(t *testing.T) *fileHost {
 func (h *fileHost) at(path string) string { return h.root + path }
 
 // page is one of the page's snippets, with the paths of the test.
-func (h *fileHost) page(t *testing.T, first string) string {
+func (h *fileHost) page(t *testing.T, comment string) string {
 	t.Helper()
-	text := filesPage(t, first)
+	text := meshBlock(t, comment)
 	for _, dir := range []string{"/run/", "/etc/haproxy/", "/var/lib/"} {
 		text = strings.ReplaceAll(text, dir, h.at(dir))
 	}
 	return text
 }
 
-// filesPage is the block of docs/mesh.md that begins with this line.
-func filesPage(t *testing.T, first string) string {
-	t.Helper()
-	_, rest, ok := strings.Cut(filesText(t), "\n"+first+"\n")
-	text, _, ok2 := strings.Cut(rest, "```")
-	if !ok || !ok2 {
-		t.Fatalf("docs/mesh.md has no block %q", first)
-	}
-	return text
-}
-
-func filesText(t *testing.T) string {
-	t.Helper()
-	page, err := os.ReadFile("../../docs/mesh.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return string(page)
-}
-
 // command runs a script of the page to its end.
 func (h *fileHost) command(script string) *exec.Cmd {
 	cmd := exec.Command("sh", "-ec", script)
-	cmd.Env = append(os.Environ(), h.env...)
+	cmd.Env = h.env
 	return cmd
 }
 
 // watch runs the page's script of a watch for the length of the test, and
 // returns when its files are there.
-func (h *fileHost) watch(t *testing.T, script, dir string) *running {
+func (h *fileHost) watch(t *testing.T, script, dir string) *process.Process {
 	t.Helper()
 	script = strings.Replace(script, "deputy exec", "exec deputy exec", 1)
-	log := filepath.Join(t.TempDir(), "watch.log")
-	r := launch(t, log, "env", append(h.env[:len(h.env):len(h.env)], "sh", "-ec", script)...)
-	await(t, "the files in "+dir, func() bool {
-		select {
-		case <-r.done:
-			t.Fatalf("%s has ended:\n%s", script, r.log())
-		default:
-		}
+	r := process.Start(t, h.command(script))
+	r.Until(t, "the files in "+dir, func() bool {
 		_, err := os.Stat(filepath.Join(h.at(dir), "svid.0.pem"))
 		return err == nil
 	})
@@ -178,21 +140,6 @@ func rotates(t *testing.T, call func() (serial string, err error)) {
 	t.Logf("%d calls, %d certificates", calls, len(seen))
 }
 
-// binaryOf finds a program that test/prerequisites installs.
-func binaryOf(t *testing.T, names ...string) string {
-	t.Helper()
-	for _, name := range names {
-		if path, err := exec.LookPath(name); err == nil {
-			return path
-		}
-	}
-	if os.Getenv("CI") != "" {
-		t.Fatalf("%s is not here", names[0])
-	}
-	t.Skipf("SKIPPED: %s is not here (test/prerequisites installs it on Debian)", names[0])
-	return ""
-}
-
 // otherAgents are not let in. That IDs differ in case alone makes them different.
 var otherAgents = []string{"other", "Reporting", "reporting.2"}
 
@@ -201,7 +148,7 @@ func (h *fileHost) webServer(t *testing.T, port int) {
 	t.Helper()
 	address := fmt.Sprintf("127.0.0.1:%d", port)
 	const host, reporting = "web.example.org", "spiffe://example.org/agents/reporting"
-	await(t, "the server", func() bool {
+	wait.Until(t, "the server", func() bool {
 		_, _, _, err := get(h.identity(t, "reporting"), host, address)
 		return err == nil
 	})

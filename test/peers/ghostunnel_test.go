@@ -13,6 +13,11 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
+
+	"github.com/deputy-id/deputy/test/loopback"
+	"github.com/deputy-id/deputy/test/need"
+	"github.com/deputy-id/deputy/test/process"
+	"github.com/deputy-id/deputy/test/wait"
 )
 
 // ghostunnel is built with C: at 1.8.4 it does not compile without.
@@ -24,61 +29,48 @@ var ghostunnel = sync.OnceValues(func() (string, error) {
 // tunnels are the two command lines of the page, and where the test has put
 // what they name.
 type tunnels struct {
-	*daemon
+	*host
 	server, client   string // command lines
 	backend, between string // addresses
 }
 
 func newTunnels(t *testing.T, config string) *tunnels {
 	t.Helper()
-	needRoot(t)
-	binary, err := ghostunnel()
-	if err != nil {
-		t.Fatal(err)
-	}
+	need.Root(t, "the page's lines, which use sudo")
+	binary := built(t, ghostunnel)
 	lines := meshBlocks(t, "ghostunnel", "sh")
 	if len(lines) != 2 {
 		t.Fatalf("got %d command lines on the page, want a server's and a client's", len(lines))
 	}
 	d := start(t, "example.org", config)
-	d.reachable(t)
 	d.place(t, "ghostunnel", binary)
-	return &tunnels{d, lines[0], lines[1], echo(t), address(t)}
+	return &tunnels{d, lines[0], lines[1], echo(t), loopback.Address(t)}
 }
-
-func address(t *testing.T) string { return fmt.Sprintf("127.0.0.1:%d", freePort(t)) }
 
 const publicSocket = "unix:///run/deputy/public/workload.sock"
 
 // serve runs the page's server.
-func (u *tunnels) serve(t *testing.T) *running {
+func (u *tunnels) serve(t *testing.T) *process.Process {
 	t.Helper()
-	r := u.asRoot(t, "server.log", u.server, publicSocket, "unix://"+u.workload, "127.0.0.1:8443", u.between, "127.0.0.1:8080", u.backend)
+	r := u.asRoot(t, u.server, publicSocket, "unix://"+u.Workload, "127.0.0.1:8443", u.between, "127.0.0.1:8080", u.backend)
 	u.listens(t, r, u.between)
 	return r
 }
 
 // connect runs the page's client, with replacements of a test's own, and
 // returns it with the address that it listens on.
-func (u *tunnels) connect(t *testing.T, name string, replace ...string) (*running, string) {
+func (u *tunnels) connect(t *testing.T, replace ...string) (*process.Process, string) {
 	t.Helper()
-	at := address(t)
-	r := u.asRoot(t, name+".log", u.client, append([]string{publicSocket, "unix://" + u.workload, "127.0.0.1:8081", at, "127.0.0.1:8443", u.between}, replace...)...)
+	at := loopback.Address(t)
+	r := u.asRoot(t, u.client, append([]string{publicSocket, "unix://" + u.Workload, "127.0.0.1:8081", at, "127.0.0.1:8443", u.between}, replace...)...)
 	u.listens(t, r, at)
 	return r, at
 }
 
 // listens waits for ghostunnel, which listens as soon as it has an identity.
-func (u *tunnels) listens(t *testing.T, r *running, address string) {
+func (u *tunnels) listens(t *testing.T, r *process.Process, address string) {
 	t.Helper()
-	await(t, "ghostunnel on "+address, func() bool {
-		select {
-		case <-r.done:
-			t.Fatalf("ghostunnel ended:\n%s", r.log())
-		default:
-		}
-		return strings.Contains(r.log(), "listening for connections on "+address)
-	})
+	r.Says(t, "listening for connections on "+address)
 }
 
 // echo is a service that knows nothing of TLS.
@@ -135,7 +127,7 @@ func TestGhostunnelOfThePage(t *testing.T) {
 	t.Parallel()
 	u := newTunnels(t, own("probe", ""))
 	server := u.serve(t)
-	_, front := u.connect(t, "researcher")
+	_, front := u.connect(t)
 	if err := echoed(front, "hello"); err != nil {
 		t.Errorf("the agent's client: %v", err)
 	}
@@ -155,16 +147,16 @@ func TestGhostunnelOfThePage(t *testing.T) {
 		t.Error("the server took go-spiffe with another ID")
 	}
 	const refused = "unauthorized: invalid principal"
-	_, stranger := u.connect(t, "stranger", "--name researcher", "--name stranger", "/agent/researcher", "/agent/stranger")
+	_, stranger := u.connect(t, "--name researcher", "--name stranger", "/agent/researcher", "/agent/stranger")
 	if err := echoed(stranger, "hello"); err == nil {
 		t.Error("the server took ghostunnel with another ID")
 	}
-	await(t, "two refusals in the server's log", func() bool { return strings.Count(server.log(), refused) == 2 })
-	client, doubter := u.connect(t, "doubter", "--name researcher", "--name doubter", "--entry /agent/researcher", "--entry /agent/doubter", "/service/api", "/service/other")
+	wait.Until(t, "two refusals in the server's log", func() bool { return strings.Count(server.Log(), refused) == 2 })
+	client, doubter := u.connect(t, "--name researcher", "--name doubter", "--entry /agent/researcher", "--entry /agent/doubter", "/service/api", "/service/other")
 	if err := echoed(doubter, "hello"); err == nil {
 		t.Error("the client took a server with another ID")
 	}
-	await(t, "a refusal in the client's log", func() bool { return strings.Contains(client.log(), refused) })
+	client.Says(t, refused)
 
 	if err := echoed(front, "hello"); err != nil {
 		t.Errorf("the agent's client after those refused: %v", err)
@@ -176,10 +168,10 @@ func TestGhostunnelWaitsForItsIdentity(t *testing.T) {
 	t.Parallel()
 	u := newTunnels(t, "")
 	u.serve(t)
-	front := address(t)
-	r := u.asRoot(t, "late.log", u.client, publicSocket, "unix://"+u.workload, "127.0.0.1:8081", front, "127.0.0.1:8443", u.between, " --entry /agent/researcher", "")
-	await(t, "a denial", func() bool { return strings.Contains(r.log(), "PermissionDenied") })
-	run(t, u.binary, "entry", "create", "/agent/researcher", "--selector", "process:exec:researcher", "--admin-socket", u.admin)
+	front := loopback.Address(t)
+	r := u.asRoot(t, u.client, publicSocket, "unix://"+u.Workload, "127.0.0.1:8081", front, "127.0.0.1:8443", u.between, " --entry /agent/researcher", "")
+	r.Says(t, "PermissionDenied")
+	u.Run(t, "entry", "create", "/agent/researcher", "--selector", "process:exec:researcher")
 	u.listens(t, r, front)
 	if err := echoed(front, "hello"); err != nil {
 		t.Error(err)
@@ -193,7 +185,7 @@ func TestGhostunnelThroughRotation(t *testing.T) {
 	// Five seconds for what has no x509_ttl of its own, as the page's entries.
 	u := newTunnels(t, "\nauthority \"local\" { ca_ttl = \"30s\" }\n")
 	u.serve(t)
-	_, front := u.connect(t, "researcher")
+	_, front := u.connect(t)
 	old, err := net.Dial("tcp", front)
 	if err != nil {
 		t.Fatal(err)

@@ -16,6 +16,8 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
 	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
+
+	"github.com/deputy-id/deputy/test/scratch"
 )
 
 // own is an entry for the processes of this test.
@@ -23,11 +25,11 @@ func own(name, more string) string {
 	return fmt.Sprintf("\nentry \"/agent/%s\" {\n  selectors = [\"unix:uid:%d\"]\n%s}\n", name, os.Getuid(), more)
 }
 
-func (d *daemon) x509Source(t *testing.T) *workloadapi.X509Source {
+func (d *host) x509Source(t *testing.T) *workloadapi.X509Source {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
-	s, err := workloadapi.NewX509Source(ctx, workloadapi.WithClientOptions(workloadapi.WithAddr("unix://"+d.workload)))
+	s, err := workloadapi.NewX509Source(ctx, workloadapi.WithClientOptions(workloadapi.WithAddr("unix://"+d.Workload)))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -75,18 +77,14 @@ func greeted(t *testing.T, s *workloadapi.X509Source, address string, by spiffei
 }
 
 // federate gives two daemons each other's bundle.
-func federate(t *testing.T, a *daemon, nameA string, b *daemon, nameB string) {
+func federate(t *testing.T, a *host, nameA string, b *host, nameB string) {
 	t.Helper()
 	for _, d := range []struct {
-		from, to *daemon
+		from, to *host
 		name     string
 	}{{a, b, nameA}, {b, a, nameB}} {
-		file := filepath.Join(t.TempDir(), "bundle.json")
-		text := run(t, d.from.binary, "bundle", "show", "--format", "spiffe", "--admin-socket", d.from.admin)
-		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		run(t, d.to.binary, "bundle", "set", d.name, "--path", file, "--admin-socket", d.to.admin)
+		file := scratch.Write(t, filepath.Join(t.TempDir(), "bundle.json"), d.from.Run(t, "bundle", "show", "--format", "spiffe"))
+		d.to.Run(t, "bundle", "set", d.name, "--path", file)
 	}
 }
 
@@ -109,12 +107,12 @@ func TestGoSPIFFEAcrossTrustDomains(t *testing.T) {
 	}
 
 	// A token of one is validated by the other's daemon and by go-spiffe.
-	client, err := workloadapi.New(t.Context(), workloadapi.WithAddr("unix://"+there.workload))
+	client, err := workloadapi.New(t.Context(), workloadapi.WithAddr("unix://"+there.Workload))
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer client.Close()
-	source, err := workloadapi.NewJWTSource(t.Context(), workloadapi.WithClientOptions(workloadapi.WithAddr("unix://"+here.workload)))
+	source, err := workloadapi.NewJWTSource(t.Context(), workloadapi.WithClientOptions(workloadapi.WithAddr("unix://"+here.Workload)))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -126,7 +124,7 @@ func TestGoSPIFFEAcrossTrustDomains(t *testing.T) {
 	if got, err := jwtsvid.ParseAndValidate(token.Marshal(), source, []string{"tool"}); err != nil || got.ID != b {
 		t.Errorf("got %v, %v, want %s", got, err, b)
 	}
-	mineToo, err := workloadapi.New(t.Context(), workloadapi.WithAddr("unix://"+here.workload))
+	mineToo, err := workloadapi.New(t.Context(), workloadapi.WithAddr("unix://"+here.Workload))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -17,6 +17,10 @@ import (
 	"time"
 
 	"github.com/go-jose/go-jose/v4/jwt"
+
+	"github.com/deputy-id/deputy/test/loopback"
+	"github.com/deputy-id/deputy/test/page"
+	"github.com/deputy-id/deputy/test/process"
 )
 
 const keycloakVersion = "26.4.5"
@@ -61,10 +65,7 @@ type keycloak struct{ base, admin string }
 // startKeycloak runs one that trusts the certificates in a file.
 func startKeycloak(t *testing.T, trusted string) *keycloak {
 	t.Helper()
-	home, err := keycloakHome()
-	if err != nil {
-		t.Fatal(err)
-	}
+	home := built(t, keycloakHome)
 	// It writes beside its script, so it gets a directory of its own.
 	dir := t.TempDir()
 	script, err := os.ReadFile(filepath.Join(home, "bin/kc.sh"))
@@ -78,12 +79,12 @@ func startKeycloak(t *testing.T, trusted string) *keycloak {
 	if err != nil {
 		t.Fatal(err)
 	}
-	port := fmt.Sprint(freePort(t))
+	port := fmt.Sprint(loopback.Port(t))
 	k := &keycloak{base: "http://127.0.0.1:" + port}
-	r := launch(t, filepath.Join(dir, "log"), "env", "JAVA_OPTS_KC_HEAP=-Xms64m -Xmx256m",
+	r := process.Start(t, exec.Command("env", "JAVA_OPTS_KC_HEAP=-Xms64m -Xmx256m",
 		"KC_BOOTSTRAP_ADMIN_USERNAME=admin", "KC_BOOTSTRAP_ADMIN_PASSWORD=admin",
 		filepath.Join(dir, "bin/kc.sh"), "start", "--optimized", "--cache=local", "--http-enabled=true",
-		"--http-host=127.0.0.1", "--http-port="+port, "--hostname="+k.base, "--truststore-paths="+trusted)
+		"--http-host=127.0.0.1", "--http-port="+port, "--hostname="+k.base, "--truststore-paths="+trusted))
 	for end := time.Now().Add(4 * time.Minute); ; time.Sleep(200 * time.Millisecond) { // it has a minute of work, on an idle machine less
 		if resp, err := http.Get(k.base + "/realms/master"); err == nil {
 			resp.Body.Close()
@@ -91,13 +92,8 @@ func startKeycloak(t *testing.T, trusted string) *keycloak {
 				break
 			}
 		}
-		select {
-		case <-r.done:
-			t.Fatalf("keycloak ended:\n%s", r.log())
-		default:
-		}
-		if time.Now().After(end) {
-			t.Fatalf("keycloak did not become ready:\n%s", r.log())
+		if r.Alive(t); time.Now().After(end) {
+			t.Fatal("keycloak did not become ready")
 		}
 	}
 	status, reply := k.post(t, "master", url.Values{"grant_type": {"password"}, "client_id": {"admin-cli"}, "username": {"admin"}, "password": {"admin"}})
@@ -177,7 +173,7 @@ func webBundle(t *testing.T, address, cert, key string) string {
 	t.Helper()
 	for _, block := range meshBlocks(t, "Federation", "hcl") {
 		if strings.Contains(block, "bundle_endpoint {") && strings.Contains(block, `profile "https_web"`) {
-			return asHere(t, block, "0.0.0.0:8443", address, "/etc/deputy/tls/bundle.crt", cert, "/etc/deputy/tls/bundle.key", key)
+			return page.Change(t, block, "0.0.0.0:8443", address, "/etc/deputy/tls/bundle.crt", cert, "/etc/deputy/tls/bundle.key", key)
 		}
 	}
 	t.Fatal("the page has no bundle endpoint with a certificate of the web")
@@ -189,10 +185,10 @@ func webBundle(t *testing.T, address, cert, key string) string {
 func TestKeycloakTakesJWTSVIDsAsClientAuthentication(t *testing.T) {
 	realm := pagesRealm(t)
 	i := newIssuer(t, "")
-	bundle := fmt.Sprintf("127.0.0.1:%d", freePort(t))
+	bundle := loopback.Address(t)
 	i.start(t, "example.org", own("writer", "  hint = \"w\"\n")+own("nobody", "  hint = \"n\"\n")+webBundle(t, bundle, i.cert, i.key))
 	k := startKeycloak(t, i.cert)
-	k.create(t, asHere(t, realm, "https://issuer.example.org", i.url, "https://bundle.example.org:8443/", "https://"+bundle+"/"))
+	k.create(t, page.Change(t, realm, "https://issuer.example.org", i.url, "https://bundle.example.org:8443/", "https://"+bundle+"/"))
 
 	// The same names, and keys that nobody was told of.
 	liar := start(t, "example.org", own("researcher", "  hint = \"r\"\n")+own("writer", "  hint = \"w\"\n")+fmt.Sprintf("authority \"local\" { jwt_issuer = %q }\n", i.url))

@@ -33,6 +33,12 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/yaml"
+
+	"github.com/deputy-id/deputy/test/binary"
+	"github.com/deputy-id/deputy/test/loopback"
+	"github.com/deputy-id/deputy/test/need"
+	"github.com/deputy-id/deputy/test/scratch"
+	"github.com/deputy-id/deputy/test/wait"
 )
 
 // A kubeNode is Kubernetes on this machine, in a cell: an API server and its
@@ -111,27 +117,11 @@ evictionHard: {memory.available: 1Mi, nodefs.available: 1%, imagefs.available: 1
 
 func startKubernetes(t *testing.T) *kubeNode {
 	t.Helper()
-	needRoot(t)
-	program, err := kubernetes()
-	if err != nil {
-		t.Fatal(err)
-	}
-	bin, err := plugins()
-	if err != nil {
-		t.Fatal(err)
-	}
-	dir, err := os.MkdirTemp("", "dk")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := os.RemoveAll(dir); err != nil {
-			t.Error(err)
-		}
-	})
-	n := &kubeNode{name: "localhost", cgroup: "/deputy-peers-" + strings.TrimPrefix(filepath.Base(dir), "dk")}
+	need.Root(t, "namespaces and cgroups")
+	program, dir := built(t, kubernetes), scratch.Dir(t)
+	n := &kubeNode{name: "localhost", cgroup: "/deputy-peers-" + filepath.Base(dir)}
 	n.makeCgroups(t)
-	n.image, n.digest = registry(t, filepath.Join(bin, "agent"))
+	n.image, n.digest = registry(t, binary.Program(t, "test/agent"))
 	n.cell = newCell(t, dir, sysctls)
 	t.Cleanup(func() {
 		if t.Failed() {
@@ -151,7 +141,7 @@ func startKubernetes(t *testing.T) *kubeNode {
 		t.Fatal(err)
 	}
 	n.write(t, "accounts.key", pemKey(t, key))
-	etcd, port, kubelet := "http://"+address(t), strconv.Itoa(freePort(t)), strconv.Itoa(freePort(t))
+	etcd, port, kubelet := "http://"+loopback.Address(t), strconv.Itoa(loopback.Port(t)), strconv.Itoa(loopback.Port(t))
 	n.api, n.kubelet = "https://127.0.0.1:"+port, "https://"+n.name+":"+kubelet
 	n.admin = &http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{
 		TLSClientConfig: &tls.Config{RootCAs: ca.pool, Certificates: []tls.Certificate{admin}},
@@ -173,7 +163,7 @@ current-context: x
 		}
 	}
 
-	peer := "http://" + address(t)
+	peer := "http://" + loopback.Address(t)
 	n.start(t, "etcd", program, "etcd", "--name", "one", "--data-dir", dir+"/etcd", "--unsafe-no-fsync",
 		"--listen-client-urls", etcd, "--advertise-client-urls", etcd,
 		"--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", "one="+peer)
@@ -184,8 +174,8 @@ current-context: x
 		"--service-account-issuer", "https://kubernetes.default.svc", "--service-cluster-ip-range", "10.0.0.0/24",
 		"--service-account-key-file", dir+"/accounts.key", "--service-account-signing-key-file", dir+"/accounts.key",
 		"--authorization-mode", "Node,RBAC", "--enable-admission-plugins", "NodeRestriction")
-	await(t, "the API server", func() bool { return n.try(http.MethodGet, "/readyz", nil, nil) == http.StatusOK })
-	await(t, "containerd", func() bool {
+	wait.Until(t, "the API server", func() bool { return n.try(http.MethodGet, "/readyz", nil, nil) == http.StatusOK })
+	wait.Until(t, "containerd", func() bool {
 		c, err := net.Dial("unix", dir+"/c.sock")
 		if err != nil {
 			return false
@@ -194,17 +184,13 @@ current-context: x
 		return true
 	})
 	n.startKubelet(t)
-	await(t, "the node", func() bool { return n.try(http.MethodGet, "/api/v1/nodes/"+n.name, nil, nil) == http.StatusOK })
+	wait.Until(t, "the node", func() bool { return n.try(http.MethodGet, "/api/v1/nodes/"+n.name, nil, nil) == http.StatusOK })
 	return n
 }
 
 func (n *kubeNode) startKubelet(t *testing.T) {
 	t.Helper()
-	program, err := kubernetes()
-	if err != nil {
-		t.Fatal(err)
-	}
-	n.start(t, "kubelet", program, "kubelet", "--config", n.dir+"/kubelet.yaml", "--kubeconfig", n.dir+"/node.kubeconfig",
+	n.start(t, "kubelet", built(t, kubernetes), "kubelet", "--config", n.dir+"/kubelet.yaml", "--kubeconfig", n.dir+"/node.kubeconfig",
 		"--hostname-override", n.name, "--root-dir", n.dir+"/kubelet", "--cert-dir", n.dir+"/pki")
 }
 
@@ -231,7 +217,7 @@ func (n *kubeNode) makeCgroups(t *testing.T) {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() {
-			await(t, "that "+top+" is removed", func() bool {
+			wait.Until(t, "that "+top+" is removed", func() bool {
 				var all []string
 				filepath.WalkDir(top, func(path string, d fs.DirEntry, err error) error {
 					if err == nil && d.IsDir() {
@@ -490,7 +476,7 @@ func (n *kubeNode) create(t *testing.T, name string, change func(*corev1.Pod)) *
 func (n *kubeNode) becomes(t *testing.T, name string, phase corev1.PodPhase) *corev1.Pod {
 	t.Helper()
 	var p *corev1.Pod
-	await(t, "that "+name+" is "+string(phase), func() bool {
+	wait.Until(t, "that "+name+" is "+string(phase), func() bool {
 		p = new(corev1.Pod)
 		return n.try(http.MethodGet, kubePods+"/"+name, nil, p) == http.StatusOK && p.Status.Phase == phase
 	})

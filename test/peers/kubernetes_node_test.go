@@ -29,6 +29,10 @@ import (
 	"google.golang.org/protobuf/types/known/anypb"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/deputy-id/deputy/test/page"
+	"github.com/deputy-id/deputy/test/scratch"
+	"github.com/deputy-id/deputy/test/wait"
 )
 
 const (
@@ -71,7 +75,7 @@ entry "/process" {
 // A nodeBroker asks a daemon for the SVIDs of a node's pods.
 type nodeBroker struct {
 	*kubeNode
-	*daemon
+	*host
 	api   broker.APIClient
 	token string // file
 }
@@ -80,30 +84,17 @@ type nodeBroker struct {
 // is the file by which the kubelet is verified.
 func (n *kubeNode) startBroker(t *testing.T, ca string) *nodeBroker {
 	t.Helper()
-	dir, err := os.MkdirTemp(n.dir, "b")
-	if err != nil {
-		t.Fatal(err)
-	}
-	b := &nodeBroker{kubeNode: n, token: filepath.Join(dir, "kubelet.token")}
+	b := &nodeBroker{kubeNode: n, token: filepath.Join(scratch.Dir(t), "kubelet.token")}
 	b.give(t, n.accountToken(t, "deputy", "deputy"))
-	config := meshBlocks(t, "Brokers", "hcl")[1]
-	socket := filepath.Join(dir, "s/broker.sock")
-	swaps := []string{
-		"trust_domain = \"example.org\"\n", "", "/run/deputy/broker/broker.sock", socket, `["kubernetes"]`, `["pid", "kubernetes"]`,
+	config := page.Change(t, meshBlocks(t, "Brokers", "hcl")[1], `["kubernetes"]`, `["pid", "kubernetes"]`,
 		"https://node-1:10250", n.kubelet, "/etc/deputy/kubelet.token", b.token, "/var/lib/kubelet/pki/kubelet.crt", ca,
-		"unix:uid:990", fmt.Sprint("unix:uid:", os.Getuid()), "k8s:node-name:node-1", "k8s:node-name:" + n.name,
-	}
-	for i := 0; i < len(swaps); i += 2 {
-		if !strings.Contains(config, swaps[i]) {
-			t.Fatalf("the page does not say %q any more:\n%s", swaps[i], config)
-		}
-	}
+		"unix:uid:990", fmt.Sprint("unix:uid:", os.Getuid()), "k8s:node-name:node-1", "k8s:node-name:"+n.name)
 	more := strings.NewReplacer("NODE", n.name, "IMAGE", n.image, "REPOSITORY", strings.TrimSuffix(n.image, ":1"), "DIGEST", n.digest, "OWNER", ownerUID).Replace(podEntries)
-	b.daemon = start(t, "example.org", strings.NewReplacer(swaps...).Replace(config)+more)
+	b.host = start(t, "", config+more)
 
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
-	own, err := workloadapi.NewX509Source(ctx, workloadapi.WithClientOptions(workloadapi.WithAddr("unix://"+b.workload)),
+	own, err := workloadapi.NewX509Source(ctx, workloadapi.WithClientOptions(workloadapi.WithAddr("unix://"+b.Workload)),
 		workloadapi.WithDefaultX509SVIDPicker(func(all []*x509svid.SVID) *x509svid.SVID {
 			return all[slices.IndexFunc(all, func(s *x509svid.SVID) bool { return s.ID.Path() == "/runtime" })]
 		}))
@@ -112,7 +103,7 @@ func (n *kubeNode) startBroker(t *testing.T, ca string) *nodeBroker {
 	}
 	t.Cleanup(func() { own.Close() })
 	daemon := spiffeid.RequireFromString("spiffe://example.org/spire/agent/deputy/local")
-	conn, err := grpc.NewClient("unix://"+socket,
+	conn, err := grpc.NewClient("unix://"+filepath.Join(b.Dir, "broker/broker.sock"),
 		grpc.WithTransportCredentials(grpccredentials.MTLSClientCredentials(own, own, tlsconfig.AuthorizeID(daemon))))
 	if err != nil {
 		t.Fatal(err)
@@ -230,7 +221,7 @@ func (b *nodeBroker) fetch(t *testing.T, ref *broker.WorkloadReference) ([]*brok
 // last holds for a second. In between there is no other answer than the first.
 func (b *nodeBroker) becomesUnavailable(t *testing.T, ref *broker.WorkloadReference) {
 	t.Helper()
-	await(t, "Unavailable", func() bool {
+	wait.Until(t, "Unavailable", func() bool {
 		_, err := b.fetch(t, ref)
 		if err == nil {
 			return false
@@ -242,7 +233,7 @@ func (b *nodeBroker) becomesUnavailable(t *testing.T, ref *broker.WorkloadRefere
 
 func (b *nodeBroker) becomesAvailable(t *testing.T, ref *broker.WorkloadReference) {
 	t.Helper()
-	await(t, "an answer", func() bool {
+	wait.Until(t, "an answer", func() bool {
 		_, err := b.fetch(t, ref)
 		if err != nil {
 			wantStatus(t, err, codes.Unavailable, "")
@@ -331,7 +322,7 @@ func TestBrokerNamesPodsOfARealNode(t *testing.T) {
 			until(t, st, workloadID, "/pod/again/"+string(old.UID))
 		}
 		n.delete(t, "again")
-		await(t, "that the pod is gone", func() bool { return n.try(http.MethodGet, kubePods+"/again", nil, nil) == http.StatusNotFound })
+		wait.Until(t, "that the pod is gone", func() bool { return n.try(http.MethodGet, kubePods+"/again", nil, nil) == http.StatusNotFound })
 		now := n.run(t, "again", label)
 		for _, st := range streams {
 			ends(t, st, codes.NotFound, "WORKLOAD_NOT_FOUND")
@@ -347,7 +338,7 @@ func TestBrokerNamesPodsOfARealNode(t *testing.T) {
 		n.create(t, "pending", func(p *corev1.Pod) {
 			p.Spec.Containers[0].Image, p.Spec.Containers[0].ImagePullPolicy = "nowhere.example/none:1", corev1.PullNever
 		})
-		await(t, "that the image is not found", func() bool {
+		wait.Until(t, "that the image is not found", func() bool {
 			p := new(corev1.Pod)
 			n.try(http.MethodGet, kubePods+"/pending", nil, p)
 			return p.Status.Phase == corev1.PodPending && len(p.Status.ContainerStatuses) == 1 &&
@@ -400,7 +391,7 @@ func TestBrokerNamesPodsOfARealNode(t *testing.T) {
 			p.Spec.Containers[0].Args = []string{"nothing"}
 		})
 		n.becomes(t, "failed", corev1.PodFailed)
-		await(t, "that the kubelet knows", func() bool {
+		wait.Until(t, "that the kubelet knows", func() bool {
 			_, err := b.fetch(t, toPod(t, "failed", ""))
 			return status.Code(err) == codes.NotFound && reasonOf(err) == "WORKLOAD_NOT_FOUND"
 		})
@@ -421,7 +412,7 @@ func TestBrokerNamesPodsOfARealNode(t *testing.T) {
 		ends(t, b.subscribe(t, toPod(t, mirror.Name, mirror.UID)), codes.NotFound, "WORKLOAD_NOT_FOUND")
 		// The mirror is only a picture: who deletes it deletes no pod.
 		n.delete(t, mirror.Name)
-		await(t, "another mirror", func() bool {
+		wait.Until(t, "another mirror", func() bool {
 			now := new(corev1.Pod)
 			n.try(http.MethodGet, kubePods+"/"+mirror.Name, nil, now)
 			return now.UID != "" && now.UID != mirror.UID

@@ -12,6 +12,8 @@ import (
 	rbacv1 "k8s.io/api/rbac/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/yaml"
+
+	"github.com/deputy-id/deputy/test/scratch"
 )
 
 // The manifest is read as the API server would read it, strictly, and what is
@@ -100,18 +102,7 @@ func TestKubernetesManifest(t *testing.T) {
 		}
 	}
 
-	server, err := spireServer()
-	if err != nil {
-		t.Fatal(err)
-	}
-	agent, err := spireAgent()
-	if err != nil {
-		t.Fatal(err)
-	}
-	bin, err := plugins()
-	if err != nil {
-		t.Fatal(err)
-	}
+	server, agent, bin := built(t, spireServer), built(t, spireAgent), plugins(t)
 	dir := t.TempDir()
 	here := strings.NewReplacer("/opt/deputy", bin, "/etc/deputy", dir, strings.Repeat("0", 64), checksum(t, filepath.Join(bin, "deputy-claims")))
 	write := func(configMap, file string) string {
@@ -119,11 +110,7 @@ func TestKubernetesManifest(t *testing.T) {
 		if !ok {
 			t.Fatalf("%s has no %s", configMap, file)
 		}
-		path := filepath.Join(dir, file)
-		if err := os.WriteFile(path, []byte(here.Replace(data)), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		return path
+		return scratch.Write(t, filepath.Join(dir, file), here.Replace(data))
 	}
 	run(t, agent, "validate", "-config", write("spire-agent", "agent.conf"))
 	run(t, filepath.Join(bin, "deputy-claims"), "check", write("deputy-claims", "claims.hcl"))

@@ -3,7 +3,6 @@ package peers
 import (
 	"context"
 	"fmt"
-	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -16,6 +15,8 @@ import (
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/deputy-id/deputy/test/binary"
 )
 
 // BenchmarkMint compares three stock servers: without a plugin, with
@@ -30,11 +31,7 @@ func BenchmarkMint(b *testing.B) {
 		newSPIRE(b, changes{agent: withoutAttest, server: without(composer)}),
 		newSPIRE(b, changes{agent: withoutAttest}),
 		newSPIRE(b, changes{agent: withoutAttest, server: func(text string) string {
-			bin, err := plugins()
-			if err != nil {
-				b.Fatal(err)
-			}
-			block := fmt.Sprintf("plugins {\n  %s {\n    plugin_cmd = %q\n  }\n", composer, filepath.Join(bin, "composer"))
+			block := fmt.Sprintf("plugins {\n  %s {\n    plugin_cmd = %q\n  }\n", composer, binary.Program(b, "test/composer"))
 			return strings.Replace(without(composer)(text), "plugins {\n", block, 1)
 		}}),
 	}

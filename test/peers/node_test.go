@@ -11,6 +11,9 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/deputy-id/deputy/test/page"
+	"github.com/deputy-id/deputy/test/scratch"
 )
 
 // nodeModules makes a directory with Node's gRPC client and the Workload API's
@@ -40,20 +43,14 @@ var nodeModules = sync.OnceValues(func() (string, error) {
 
 // The README's lines, under deputy exec with a name and without.
 func TestNodeAgentOfTheReadme(t *testing.T) {
-	dir, err := nodeModules()
-	if err != nil {
-		t.Fatal(err)
-	}
+	dir := built(t, nodeModules)
 	d := start(t, "peers.example", "")
-	script := filepath.Join(d.dir, "agent.js")
-	if err := os.WriteFile(script, []byte(readme(t, "js")), 0o644); err != nil {
-		t.Fatal(err)
-	}
+	script := scratch.Write(t, filepath.Join(d.Dir, "agent.js"), page.Open(t, "../../README.md").Blocks(t, "js")[0])
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
 	agent := func(args ...string) *exec.Cmd {
-		args = append([]string{"exec", "--socket", d.workload, "--admin-socket", d.admin}, args...)
-		c := exec.CommandContext(ctx, d.binary, append(args, "--", "node", script)...)
+		args = append([]string{"exec", "--socket", d.Workload, "--admin-socket", d.Admin}, args...)
+		c := exec.CommandContext(ctx, d.Binary, append(args, "--", "node", script)...)
 		c.Dir, c.Env = dir, append(os.Environ(), "NODE_PATH="+filepath.Join(dir, "node_modules"))
 		c.Cancel = func() error { return c.Process.Signal(os.Interrupt) }
 		return c

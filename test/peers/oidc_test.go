@@ -24,6 +24,10 @@ import (
 	"github.com/coreos/go-oidc/v3/oidc"
 	"github.com/go-jose/go-jose/v4"
 	"github.com/go-jose/go-jose/v4/jwt"
+
+	"github.com/deputy-id/deputy/test/loopback"
+	"github.com/deputy-id/deputy/test/page"
+	"github.com/deputy-id/deputy/test/process"
 )
 
 // svidAlgorithms are those of the tokens here, ours and Keycloak's.
@@ -68,14 +72,14 @@ func webPair(t *testing.T) (cert, key string, client *http.Client) {
 
 // An issuer is a daemon that serves discovery.
 type issuer struct {
-	*daemon
+	*host
 	address, url, cert, key string
 	client                  *http.Client
 }
 
 func newIssuer(t *testing.T, path string) *issuer {
 	t.Helper()
-	i := &issuer{address: fmt.Sprintf("127.0.0.1:%d", freePort(t))}
+	i := &issuer{address: loopback.Address(t)}
 	i.url = "https://" + i.address + path
 	i.cert, i.key, i.client = webPair(t)
 	return i
@@ -96,7 +100,7 @@ func (i *issuer) start(t *testing.T, trustDomain, more string, oldnew ...string)
 	if len(blocks) == 0 {
 		t.Fatal("the page has no configuration")
 	}
-	i.daemon = start(t, trustDomain, asHere(t, blocks[0], append(oldnew,
+	i.host = start(t, trustDomain, page.Change(t, blocks[0], append(oldnew,
 		"https://issuer.example.org", i.url,
 		"0.0.0.0:8444", i.address,
 		"/etc/deputy/tls/issuer.crt", i.cert,
@@ -104,22 +108,10 @@ func (i *issuer) start(t *testing.T, trustDomain, more string, oldnew ...string)
 		`["cgroup:unit:researcher.service", "process:leader:true"]`, fmt.Sprintf(`["unix:uid:%d"]`, os.Getuid()))...)+more)
 }
 
-// asHere is a text of the page in which every old becomes new.
-func asHere(t *testing.T, text string, oldnew ...string) string {
-	t.Helper()
-	for n := 0; n < len(oldnew); n += 2 {
-		if !strings.Contains(text, oldnew[n]) {
-			t.Fatalf("the page does not say %s any more:\n%s", oldnew[n], text)
-		}
-		text = strings.ReplaceAll(text, oldnew[n], oldnew[n+1])
-	}
-	return text
-}
-
 // token fetches a JWT-SVID of the agent for an audience.
-func (d *daemon) token(t *testing.T, agent, audience string) string {
+func (d *host) token(t *testing.T, agent, audience string) string {
 	t.Helper()
-	return strings.TrimSpace(run(t, d.binary, "fetch", "jwt", "--socket", d.workload, "--audience", audience, "--spiffe-id", agent))
+	return strings.TrimSpace(d.Run(t, "fetch", "jwt", "--audience", audience, "--spiffe-id", agent))
 }
 
 // A relying party that knows nothing of SPIFFE finds the keys by the issuer alone.
@@ -216,14 +208,11 @@ func TestVaultFindsTheIssuer(t *testing.T) {
 	if len(blocks) != 1 {
 		t.Fatalf("got %d blocks for Vault, want 1", len(blocks))
 	}
-	binary, err := vaultServer()
-	if err != nil {
-		t.Fatal(err)
-	}
+	binary := built(t, vaultServer)
 	i := startIssuer(t, "example.org", "/agents", own("other", "  hint = \"o\"\n"))
 	v := startVault(t)
 	bin := t.TempDir()
-	for name, to := range map[string]string{"vault": binary, "deputy": i.binary} {
+	for name, to := range map[string]string{"vault": binary, "deputy": i.Binary} {
 		if err := os.Symlink(to, filepath.Join(bin, name)); err != nil {
 			t.Fatal(err)
 		}
@@ -234,13 +223,8 @@ func TestVaultFindsTheIssuer(t *testing.T) {
 		"--audience vault", "--audience vault --spiffe-id spiffe://example.org/agent/researcher",
 	).Replace(blocks[0])
 	cmd := exec.Command("sh", "-ec", script)
-	cmd.Env = append(os.Environ(), "PATH="+bin+":"+os.Getenv("PATH"), "VAULT_ADDR="+v.address, "VAULT_TOKEN="+v.root,
-		"SPIFFE_ENDPOINT_SOCKET=unix://"+i.workload)
-	out, err := cmd.CombinedOutput()
-	if err != nil {
-		t.Fatalf("%v\n%s\nof\n%s", err, out, script)
-	}
-	contains(t, string(out), "token_accessor", "5m", "researcher")
+	cmd.Env = append(i.Env(), "PATH="+bin+":"+os.Getenv("PATH"), "VAULT_ADDR="+v.address, "VAULT_TOKEN="+v.root)
+	contains(t, process.Run(t, cmd), "token_accessor", "5m", "researcher")
 
 	const id = "spiffe://example.org/agent/"
 	liar := start(t, "example.org", own("researcher", "")+fmt.Sprintf("authority \"local\" { jwt_issuer = %q }\n", i.url))

@@ -12,6 +12,10 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/deputy-id/deputy/test/loopback"
+	"github.com/deputy-id/deputy/test/need"
+	"github.com/deputy-id/deputy/test/process"
 )
 
 // A postgres is a cluster in the place of the page's, run by its user.
@@ -19,7 +23,7 @@ type postgres struct {
 	*fileHost
 	bin, data string
 	port      int
-	*running
+	*process.Process
 }
 
 // newPostgres makes a cluster with the page's lines; it does not run yet.
@@ -27,17 +31,15 @@ func newPostgres(t *testing.T) *postgres {
 	t.Helper()
 	h := newFileHost(t)
 	found, _ := filepath.Glob("/usr/lib/postgresql/*/bin/postgres")
-	p := &postgres{fileHost: h, bin: filepath.Dir(binaryOf(t, append(found, "postgres")...)),
-		data: h.at("/var/lib/postgresql/15/main"), port: freePort(t)}
-	if out, err := exec.Command("chown", "-R", "postgres:postgres", h.at("/var/lib/postgresql")).CombinedOutput(); err != nil {
-		t.Fatalf("chown: %v: %s", err, out)
-	}
+	p := &postgres{fileHost: h, bin: filepath.Dir(need.Program(t, append(found, "postgres")...)),
+		data: h.at("/var/lib/postgresql/15/main"), port: loopback.Port(t)}
+	run(t, "chown", "-R", "postgres:postgres", h.at("/var/lib/postgresql"))
 	run(t, "setpriv", "--reuid=postgres", "--regid=postgres", "--init-groups",
 		filepath.Join(p.bin, "initdb"), "-D", p.data, "--no-sync", "--auth=reject", "--encoding=UTF8", "--locale=C")
 	for name, lines := range map[string]string{
-		"postgresql.conf": fmt.Sprintf("\nlisten_addresses = '127.0.0.1'\nport = %d\nunix_socket_directories = '%s'\nfsync = off\n", p.port, p.data) + h.page(t, "# postgresql.conf"),
-		"pg_ident.conf":   h.page(t, "# pg_ident.conf"),
-		"pg_hba.conf":     "local all all trust\n" + h.page(t, "# pg_hba.conf"),
+		"postgresql.conf": fmt.Sprintf("\nlisten_addresses = '127.0.0.1'\nport = %d\nunix_socket_directories = '%s'\nfsync = off\n", p.port, p.data) + h.page(t, "postgresql.conf"),
+		"pg_ident.conf":   h.page(t, "pg_ident.conf"),
+		"pg_hba.conf":     "local all all trust\n" + h.page(t, "pg_hba.conf"),
 	} {
 		path := filepath.Join(p.data, name)
 		old, err := os.ReadFile(path)
@@ -56,14 +58,9 @@ func newPostgres(t *testing.T) *postgres {
 
 func (p *postgres) start(t *testing.T) {
 	t.Helper()
-	p.running = launch(t, filepath.Join(t.TempDir(), "postgres.log"), "setpriv", "--reuid=postgres", "--regid=postgres", "--init-groups",
-		filepath.Join(p.bin, "postgres"), "-D", p.data)
-	await(t, "PostgreSQL", func() bool {
-		select {
-		case <-p.done:
-			t.Fatalf("PostgreSQL has ended:\n%s", p.log())
-		default:
-		}
+	p.Process = process.Start(t, exec.Command("setpriv", "--reuid=postgres", "--regid=postgres", "--init-groups",
+		filepath.Join(p.bin, "postgres"), "-D", p.data))
+	p.Until(t, "PostgreSQL", func() bool {
 		return exec.Command(filepath.Join(p.bin, "pg_isready"), "-q", "-h", p.data, "-p", fmt.Sprint(p.port)).Run() == nil
 	})
 }
@@ -75,7 +72,7 @@ func (p *postgres) psql(t *testing.T, agent, role, query string, changes ...stri
 		"/reporting/", "/"+agent+"/",
 		"user=reporting", "user="+role,
 		"psql ", fmt.Sprintf("PGHOSTADDR=127.0.0.1 PGPORT=%d %s/psql -XAtc %q ", p.port, p.bin, query),
-	)...).Replace(p.page(t, "# psql.sh"))
+	)...).Replace(p.page(t, "psql.sh"))
 	out, err := p.command(script).CombinedOutput()
 	return strings.TrimSpace(string(out)), err
 }
@@ -109,7 +106,7 @@ func (p *postgres) certificate(t *testing.T) (serial string, err error) {
 // PostgreSQL takes the page's lines: a client's SPIFFE ID makes its role, and
 // the next certificates cost no connection.
 func TestPostgreSQLMapsASPIFFEIDToARole(t *testing.T) {
-	for name, script := range map[string]string{"keys of its user": "# db.sh", "keys of its group": "# db-group.sh"} {
+	for name, script := range map[string]string{"keys of its user": "db.sh", "keys of its group": "db-group.sh"} {
 		t.Run(name, func(t *testing.T) {
 			p := newPostgres(t)
 			p.watch(t, p.page(t, script), "/run/db")
@@ -151,7 +148,7 @@ func TestPostgreSQLMapsASPIFFEIDToARole(t *testing.T) {
 				}
 				return serial, err
 			})
-			if log := p.log(); strings.Contains(log, "SSL configuration was not reloaded") {
+			if log := p.Log(); strings.Contains(log, "SSL configuration was not reloaded") {
 				t.Errorf("a reload failed:\n%s", log)
 			}
 		})

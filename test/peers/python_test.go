@@ -8,6 +8,9 @@ import (
 	"strings"
 	"sync"
 	"testing"
+
+	"github.com/deputy-id/deputy/test/page"
+	"github.com/deputy-id/deputy/test/scratch"
 )
 
 // python makes a virtual environment with the SPIFFE client, once for this machine.
@@ -27,33 +30,12 @@ var python = sync.OnceValues(func() (string, error) {
 	return path, nil
 })
 
-// readme returns the README's one program in a language.
-func readme(t *testing.T, language string) string {
-	t.Helper()
-	text, err := os.ReadFile("../../README.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, rest, ok := strings.Cut(string(text), "```"+language+"\n")
-	program, _, ok2 := strings.Cut(rest, "```")
-	if !ok || !ok2 {
-		t.Fatalf("the README has no program in %s", language)
-	}
-	return program
-}
-
 // The README's lines, under deputy exec with a name, as it says.
 func TestPythonAgentOfTheReadme(t *testing.T) {
-	interpreter, err := python()
-	if err != nil {
-		t.Fatal(err)
-	}
+	interpreter := built(t, python)
 	d := start(t, "peers.example", "")
-	script := filepath.Join(d.dir, "agent.py")
-	if err := os.WriteFile(script, []byte(readme(t, "python")), 0o644); err != nil {
-		t.Fatal(err)
-	}
-	got := run(t, d.binary, "exec", "--socket", d.workload, "--admin-socket", d.admin,
+	script := scratch.Write(t, filepath.Join(d.Dir, "agent.py"), page.Open(t, "../../README.md").Blocks(t, "python")[0])
+	got := run(t, d.Binary, "exec", "--socket", d.Workload, "--admin-socket", d.Admin,
 		"--name", "researcher", "--entry", "/agent/researcher", "--", interpreter, script)
 	if want := "spiffe://peers.example/agent/researcher"; strings.TrimSpace(got) != want {
 		t.Errorf("got %q, want %s", got, want)
@@ -63,10 +45,7 @@ func TestPythonAgentOfTheReadme(t *testing.T) {
 
 // A JWT-SVID and the bundles, by the same client.
 func TestPythonClientFetchesAndValidates(t *testing.T) {
-	interpreter, err := python()
-	if err != nil {
-		t.Fatal(err)
-	}
+	interpreter := built(t, python)
 	d := start(t, "peers.example", "entry \"/agent/py\" {\n  selectors = [\"unix:uid:"+fmt.Sprint(os.Getuid())+"\"]\n}\n")
 	got := run(t, interpreter, "-c", `
 import sys
@@ -75,6 +54,6 @@ with WorkloadApiClient(sys.argv[1]) as c:
     svid = c.fetch_jwt_svid(audience={"tool"})
     print(c.validate_jwt_svid(svid.token, audience="tool").spiffe_id)
     print(len(c.fetch_x509_bundles().bundles), len(c.fetch_jwt_bundles().bundles))
-`, "unix://"+d.workload)
+`, "unix://"+d.Workload)
 	contains(t, got, "spiffe://peers.example/agent/py", "1 1")
 }

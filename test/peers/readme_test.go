@@ -24,10 +24,7 @@ func TestStockServerTakesThePagesLines(t *testing.T) {
 			if !ok || !ok2 {
 				t.Fatal("the page has no plugin of a server where it was")
 			}
-			bin, err := plugins()
-			if err != nil {
-				t.Fatal(err)
-			}
+			bin := plugins(t)
 			lines = strings.NewReplacer("/opt/deputy/bin", bin,
 				"CHECKSUM-OF-DEPUTY-CLAIMS", checksum(t, filepath.Join(bin, "deputy-claims"))).Replace(lines)
 			s := newSPIRE(t, changes{agent: withoutAttest, server: func(sample string) string {

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -17,6 +18,11 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/bundle/jwtbundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/deputy-id/deputy/test/need"
+	"github.com/deputy-id/deputy/test/page"
+	"github.com/deputy-id/deputy/test/process"
+	"github.com/deputy-id/deputy/test/scratch"
 )
 
 var spiffeHelper = sync.OnceValues(func() (string, error) {
@@ -49,60 +55,37 @@ func identity(dir string) (*x509.Certificate, error) {
 // program each time.
 func TestSPIFFEHelperOfThePage(t *testing.T) {
 	t.Parallel()
-	needRoot(t)
-	binary, err := spiffeHelper()
-	if err != nil {
-		t.Fatal(err)
-	}
+	need.Root(t, "the page's lines, which use sudo")
+	binary := built(t, spiffeHelper)
 	confs, lines := meshBlocks(t, "spiffe-helper", "hcl"), meshBlocks(t, "spiffe-helper", "sh")
 	if len(confs) != 1 || len(lines) != 1 {
 		t.Fatalf("got %d configurations and %d command lines on the page, want one each", len(confs), len(lines))
 	}
 	// Five seconds for what has no TTL of its own.
 	d := start(t, "example.org", "\nauthority \"local\" { ca_ttl = \"30s\" }\n")
-	d.reachable(t)
 	d.place(t, "spiffe-helper", binary)
 	user, err := strconv.Atoi(strings.TrimSpace(run(t, "id", "-u", "proxy"))) // every Debian has it
 	if err != nil {
 		t.Fatal(err)
 	}
-	dir, pidFile := filepath.Join(d.dir, "identity"), filepath.Join(d.dir, "app.pid")
+	dir, pidFile := filepath.Join(d.Dir, "identity"), filepath.Join(d.Dir, "app.pid")
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
 	if err := os.Chown(dir, user, -1); err != nil {
 		t.Fatal(err)
 	}
-	conf := confs[0]
-	for old, new := range map[string]string{"/run/deputy/public/workload.sock": d.workload, "/var/lib/app/identity": dir, "/run/app/app.pid": pidFile} {
-		if !strings.Contains(conf, old) {
-			t.Fatalf("the page does not say %s any more", old)
-		}
-		conf = strings.ReplaceAll(conf, old, new)
-	}
-	file := filepath.Join(d.dir, "helper.conf")
-	if err := os.WriteFile(file, []byte(conf), 0o644); err != nil {
-		t.Fatal(err)
-	}
+	conf := page.Change(t, confs[0], "/run/deputy/public/workload.sock", d.Workload, "/var/lib/app/identity", dir, "/run/app/app.pid", pidFile)
+	file := scratch.Write(t, filepath.Join(d.Dir, "helper.conf"), conf)
 
 	// The program says when it is told to read its files again.
-	app := launch(t, filepath.Join(d.dir, "app.log"), "setpriv", "--reuid="+strconv.Itoa(user), "--clear-groups", "sh", "-c",
-		`trap 'echo again' HUP; trap 'exit 0' TERM; echo ready; while :; do sleep 1 & wait $!; done`)
-	await(t, "the program", func() bool { return strings.HasPrefix(app.log(), "ready\n") })
-	if err := os.WriteFile(pidFile, []byte(strconv.Itoa(app.cmd.Process.Pid)), 0o644); err != nil {
-		t.Fatal(err)
-	}
-	told := func() int { return strings.Count(app.log(), "again") }
+	app := process.Start(t, exec.Command("setpriv", "--reuid="+strconv.Itoa(user), "--clear-groups", "sh", "-c",
+		`trap 'echo again' HUP; trap 'exit 0' TERM; echo ready; while :; do sleep 1 & wait $!; done`))
+	app.Says(t, "^ready\n")
+	scratch.Write(t, pidFile, strconv.Itoa(app.PID()))
+	told := func() int { return strings.Count(app.Log(), "again") }
 
-	helper := d.asRoot(t, "helper.log", lines[0], "helper.conf", file)
-	ended := func() bool {
-		select {
-		case <-helper.done:
-			t.Fatalf("spiffe-helper ended:\n%s", helper.log())
-		default:
-		}
-		return false
-	}
+	helper := d.asRoot(t, lines[0], "helper.conf", file)
 	var unfit error // it may be writing just now
 	defer func() {
 		if t.Failed() && unfit != nil {
@@ -110,14 +93,14 @@ func TestSPIFFEHelperOfThePage(t *testing.T) {
 		}
 	}()
 	serials := map[string]bool{}
-	await(t, "three certificates and as many signals", func() bool {
+	helper.Until(t, "three certificates and as many signals", func() bool {
 		var cert *x509.Certificate
 		if cert, unfit = identity(dir); unfit == nil {
 			serials[cert.SerialNumber.String()] = true
 		} else if errors.Is(unfit, fs.ErrNotExist) && told() > 0 {
 			t.Fatalf("a signal before the files: %v", unfit)
 		}
-		return len(serials) >= 3 && told() >= 3 || ended()
+		return len(serials) >= 3 && told() >= 3
 	})
 
 	// The token and the keys follow on their own; they bring no signal.
@@ -128,11 +111,11 @@ func TestSPIFFEHelperOfThePage(t *testing.T) {
 		}
 		return string(b)
 	}
-	await(t, "a token", func() bool { return token() != "" || ended() })
+	helper.Until(t, "a token", func() bool { return token() != "" })
 	first := token()
-	got := run(t, d.binary, "validate", "--audience", "https://api.example.org", "--socket", d.workload, first)
+	got := d.Run(t, "validate", "--audience", "https://api.example.org", first)
 	contains(t, got, "spiffe://example.org/agent/app")
-	await(t, "another token", func() bool { now := token(); return now != "" && now != first || ended() })
+	helper.Until(t, "another token", func() bool { now := token(); return now != "" && now != first })
 	var sets map[string][]byte // JWKS by trust domain
 	text, err := os.ReadFile(filepath.Join(dir, "bundle.json"))
 	if err != nil {

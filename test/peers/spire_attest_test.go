@@ -11,6 +11,8 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+
+	"github.com/deputy-id/deputy/test/wait"
 )
 
 // A box is a container of the test's, on an engine of its own.
@@ -24,10 +26,7 @@ type box struct {
 // startBox runs the test agent in a container that sees the directory.
 func startBox(t *testing.T, dir string, env ...string) *box {
 	t.Helper()
-	bin, err := plugins()
-	if err != nil {
-		t.Fatal(err)
-	}
+	bin := plugins(t)
 	args := []string{filepath.Join(bin, "agent"), "-v", dir + ":" + dir}
 	for _, e := range env {
 		args = append(args, "-e", e)
@@ -96,10 +95,7 @@ func decodeIDs(out []byte) (ids []string, err error) {
 // hostIDs are the SPIFFE IDs that a process outside of the container gets.
 func (s *spire) hostIDs(t *testing.T) ([]string, error) {
 	t.Helper()
-	bin, err := plugins()
-	if err != nil {
-		t.Fatal(err)
-	}
+	bin := plugins(t)
 	cmd := exec.Command(filepath.Join(bin, "agent"), "x509")
 	cmd.Env = append(os.Environ(), "SPIFFE_ENDPOINT_SOCKET=unix://"+s.workload)
 	out, err := cmd.Output()
@@ -129,14 +125,14 @@ func TestStockAgentAttestsByDeputysPlugin(t *testing.T) {
 	eventually(t, "a process in the container", b.ids, boxed)
 	outside := func() ([]string, error) { return s.hostIDs(t) }
 	eventually(t, "a process on the host", outside, []string{"/agent/by-spire", "/agent/on-host"})
-	contains(t, s.agent.log(), "Configured plugin")
-	if strings.Contains(s.agent.log(), "Plugin checksum not configured") {
+	contains(t, s.agent.Log(), "Configured plugin")
+	if strings.Contains(s.agent.Log(), "Plugin checksum not configured") {
 		t.Error("a plugin runs without a checksum")
 	}
 
 	// SPIRE does not start a plugin again that has ended: its selectors are
 	// missing, the log says so, and what others tell remains.
-	plugins := children(t, s.agent.cmd.Process.Pid, "deputy-attest")
+	plugins := children(t, s.agent.PID(), "deputy-attest")
 	if len(plugins) != 2 {
 		t.Fatalf("got %d processes of the plugin, want 2", len(plugins))
 	}
@@ -146,7 +142,7 @@ func TestStockAgentAttestsByDeputysPlugin(t *testing.T) {
 		}
 	}
 	eventually(t, "a process in the container, without the plugins", b.ids, []string{"/agent/by-spire"})
-	contains(t, s.agent.log(), `workload attestor \"deputy\" failed`)
+	contains(t, s.agent.Log(), `workload attestor \"deputy\" failed`)
 }
 
 // eventually wants these IDs, once the agent has heard of all entries.
@@ -159,7 +155,7 @@ func eventually(t *testing.T, whose string, get func() ([]string, error), want [
 			t.Logf("%s got %q, %v; want %q", whose, got, err, want)
 		}
 	}()
-	await(t, whose, func() bool {
+	wait.Until(t, whose, func() bool {
 		got, err = get()
 		return err == nil && slices.Equal(got, want)
 	})
@@ -186,12 +182,10 @@ func TestStockAgentReconfiguresThePlugin(t *testing.T) {
 
 	reload := func(text string) {
 		s.write(t, "attest.hcl", text)
-		if err := s.agent.cmd.Process.Signal(syscall.SIGUSR1); err != nil {
-			t.Fatal(err)
-		}
+		s.agent.Signal(t, syscall.SIGUSR1)
 	}
 	reload("\ntype = \"unics\"")
-	await(t, "a refused configuration", func() bool { return strings.Contains(s.agent.log(), "plugin_data:2:8: unknown type") })
+	s.agent.Says(t, "plugin_data:2:8: unknown type")
 	eventually(t, "after a broken configuration", ids, []string{"/agent/of-one-type"})
 	reload("digests = false")
 	eventually(t, "with all types", ids, []string{"/agent/of-all"})

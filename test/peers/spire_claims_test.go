@@ -4,13 +4,16 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"path/filepath"
+	"regexp"
 	"strings"
 	"syscall"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
+
+	"github.com/deputy-id/deputy/test/binary"
+	"github.com/deputy-id/deputy/test/wait"
 )
 
 const researcher = "/agent/crm/researcher"
@@ -78,41 +81,40 @@ func TestStockServerMintsWhatTheRulesSay(t *testing.T) {
 		return text
 	}
 	s.write(t, "claims.hcl", strings.Replace(sample(t, "claims.hcl"), "literature research", "market research", 1))
-	await(t, "a token by the new rules", func() bool { return purpose() == "market research" })
+	wait.Until(t, "a token by the new rules", func() bool { return purpose() == "market research" })
 
 	// A broken file is said to be so, with its place, and changes nothing.
 	s.write(t, "claims.hcl", "rule \"/agent/{team}/researcher\" {\n  purpos = \"none\"\n}\n")
-	await(t, "a warning about the broken file", func() bool { return strings.Contains(s.server.log(), s.rules+":2:3: ") })
+	s.server.Says(t, regexp.QuoteMeta(s.rules)+":2:3: ")
 	if got := purpose(); got != "market research" {
 		t.Errorf("with a broken file: got purpose %q, want the last good one", got)
 	}
 	if err := os.Remove(s.rules); err != nil {
 		t.Fatal(err)
 	}
-	await(t, "a warning about the missing file", func() bool { return strings.Contains(s.server.log(), "no such file") })
+	s.server.Says(t, "no such file")
 	if got := purpose(); got != "market research" {
 		t.Errorf("without a file: got purpose %q, want the last good one", got)
 	}
 	s.write(t, "claims.hcl", strings.Replace(sample(t, "claims.hcl"), "literature research", "mended", 1))
-	await(t, "a token by the mended rules", func() bool { return purpose() == "mended" })
+	wait.Until(t, "a token by the mended rules", func() bool { return purpose() == "mended" })
 
 	// SPIRE does not start a plugin again that has ended: it signs for nobody
 	// until it is restarted itself, and says why.
-	pids := children(t, s.server.cmd.Process.Pid, "deputy-claims")
+	pids := children(t, s.server.PID(), "deputy-claims")
 	if len(pids) != 1 {
 		t.Fatalf("got %d processes of the plugin, want 1", len(pids))
 	}
 	if err := syscall.Kill(pids[0], syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
-	await(t, "a refusal", func() bool {
+	wait.Until(t, "a refusal", func() bool {
 		n++
 		_, err := s.jwt(researcher, fmt.Sprintf("audience-%d", n))
 		return err != nil
 	})
-	contains(t, s.server.log(), "credentialcomposer(deputy)")
-	s.server.cmd.Process.Signal(syscall.SIGTERM)
-	<-s.server.done
+	contains(t, s.server.Log(), "credentialcomposer(deputy)")
+	s.server.End(t)
 	s.startServer(t)
 	if got := purpose(); got != "mended" {
 		t.Errorf("after a restart of the server: got purpose %q, want it as before", got)
@@ -147,18 +149,16 @@ func TestStockServerReconfiguresThePlugin(t *testing.T) {
 	}
 	reload := func(text string) {
 		s.write(t, "claims.hcl", text)
-		if err := s.server.cmd.Process.Signal(syscall.SIGUSR1); err != nil {
-			t.Fatal(err)
-		}
+		s.server.Signal(t, syscall.SIGUSR1)
 	}
 	reload("rule \"/agent/x\" {\n  purpos = \"none\"\n}\n")
-	await(t, "a refused configuration", func() bool { return strings.Contains(s.server.log(), "Failed to reconfigure plugin") })
-	contains(t, s.server.log(), ":2:3: ")
+	s.server.Says(t, "Failed to reconfigure plugin")
+	contains(t, s.server.Log(), ":2:3: ")
 	if got := purpose(); got != "literature research" {
 		t.Errorf("after a broken configuration: got purpose %q, want the last good one", got)
 	}
 	reload(strings.Replace(sample(t, "claims.hcl"), "literature research", "market research", 1))
-	await(t, "the new configuration", func() bool { return purpose() == "market research" })
+	wait.Until(t, "the new configuration", func() bool { return purpose() == "market research" })
 }
 
 func TestStockServerRefusesABrokenStart(t *testing.T) {
@@ -170,11 +170,7 @@ func TestStockServerRefusesABrokenStart(t *testing.T) {
 
 // The lines of the documentation that check and show rules.
 func TestRulesOnTheCommandLine(t *testing.T) {
-	bin, err := plugins()
-	if err != nil {
-		t.Fatal(err)
-	}
-	claims := filepath.Join(bin, "deputy-claims")
+	claims := binary.Program(t, "cmd/deputy-claims")
 	run(t, claims, "check", "../../conf/samples/spire/claims.hcl")
 	out, err := exec.Command(claims, "show", "../../conf/samples/spire/claims.hcl", "spiffe://example.org"+researcher).Output()
 	if err != nil {

@@ -17,34 +17,29 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+
+	"github.com/deputy-id/deputy/test/scratch"
+	"github.com/deputy-id/deputy/test/wait"
 )
 
 // cli runs a command of SPIRE's server against the admin socket of the daemon.
-func (d *daemon) cli(t *testing.T, noun, verb string, args ...string) string {
+func (d *host) cli(t *testing.T, noun, verb string, args ...string) string {
 	t.Helper()
-	binary, err := spireServer()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return run(t, binary, d.command(noun, verb, args)...)
+	return run(t, built(t, spireServer), d.words(noun, verb, args)...)
 }
 
-// command is a noun with its verb, if it has one, on the socket of the daemon.
-func (d *daemon) command(noun, verb string, args []string) []string {
-	words := []string{noun, verb, "-socketPath", d.admin}
+// words are a noun with its verb, if it has one, and the socket of the daemon.
+func (d *host) words(noun, verb string, args []string) []string {
+	words := []string{noun, verb, "-socketPath", d.Admin}
 	if verb == "" {
-		words = []string{noun, "-socketPath", d.admin}
+		words = []string{noun, "-socketPath", d.Admin}
 	}
 	return append(words, args...)
 }
 
-func (d *daemon) cliFails(t *testing.T, noun, verb string, args ...string) string {
+func (d *host) cliFails(t *testing.T, noun, verb string, args ...string) string {
 	t.Helper()
-	binary, err := spireServer()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return fail(t, binary, d.command(noun, verb, args)...)
+	return fail(t, built(t, spireServer), d.words(noun, verb, args)...)
 }
 
 func contains(t *testing.T, got string, want ...string) {
@@ -157,9 +152,7 @@ func TestSpireServerEntryFiles(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "entries.json")
 	write := func(text string) {
 		t.Helper()
-		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
+		scratch.Write(t, file, text)
 	}
 	const one = `{"entry_id": "%s", "spiffe_id": "spiffe://peers.example/agent/%[1]s", "parent_id": "spiffe://peers.example/spire/server", "selectors": [{"type": "unix", "value": "uid:%d"}], "hint": "%s"}`
 	many := func(hint string) string {
@@ -179,7 +172,7 @@ func TestSpireServerEntryFiles(t *testing.T) {
 // An entry of ours whose path is a template does not upset SPIRE's tools.
 func TestSpireServerShowsTemplates(t *testing.T) {
 	d := start(t, "peers.example", "")
-	run(t, d.binary, "entry", "create", "/user/{{unix.user}}", "--selector", "unix:uid:1", "--instance", "--audience", "a", "--admin-socket", d.admin)
+	d.Run(t, "entry", "create", "/user/{{unix.user}}", "--selector", "unix:uid:1", "--instance", "--audience", "a")
 	contains(t, d.cli(t, "entry", "show"), "Found 1 entry", "/user/{{unix.user}}")
 }
 
@@ -188,13 +181,9 @@ func TestSpireServerEntryExpires(t *testing.T) {
 	at := time.Now().Add(3 * time.Second)
 	d.cli(t, "entry", "create", "-spiffeID", "spiffe://peers.example/agent/short", "-parentID", "spiffe://peers.example/spire/server",
 		"-selector", "unix:uid:0", "-entryExpiry", strconv.FormatInt(at.Unix(), 10))
-	contains(t, run(t, d.binary, "fetch", "x509", "--socket", d.workload), "spiffe://peers.example/agent/short")
-	for end := time.Now().Add(15 * time.Second); !strings.Contains(d.cli(t, "entry", "count"), "0 registration entries"); time.Sleep(200 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatal("the entry did not expire")
-		}
-	}
-	contains(t, fail(t, d.binary, "fetch", "x509", "--socket", d.workload), "no identity")
+	contains(t, d.Run(t, "fetch", "x509"), "spiffe://peers.example/agent/short")
+	wait.Until(t, "the end of the entry", func() bool { return strings.Contains(d.cli(t, "entry", "count"), "0 registration entries") })
+	contains(t, fail(t, d.Binary, "fetch", "x509", "--socket", d.Workload), "no identity")
 }
 
 func TestSpireServerBundleCommands(t *testing.T) {
@@ -202,11 +191,8 @@ func TestSpireServerBundleCommands(t *testing.T) {
 	td := spiffeid.RequireTrustDomainFromString("other.example")
 
 	contains(t, d.cli(t, "bundle", "show"), "BEGIN CERTIFICATE")
-	file := filepath.Join(t.TempDir(), "bundle.json")
 	theirs := other.cli(t, "bundle", "show", "-format", "spiffe")
-	if err := os.WriteFile(file, []byte(theirs), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	file := scratch.Write(t, filepath.Join(t.TempDir(), "bundle.json"), theirs)
 	want, err := spiffebundle.Parse(td, []byte(theirs))
 	if err != nil {
 		t.Fatal(err)
@@ -239,10 +225,7 @@ func TestSpireServerBundleCommands(t *testing.T) {
 	contains(t, d.cli(t, "bundle", "count"), "1 bundle")
 
 	// PEM, and the mode that takes the entries along.
-	pem := filepath.Join(t.TempDir(), "bundle.pem")
-	if err := os.WriteFile(pem, []byte(other.cli(t, "bundle", "show")), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	pem := scratch.Write(t, filepath.Join(t.TempDir(), "bundle.pem"), other.cli(t, "bundle", "show"))
 	d.cli(t, "bundle", "set", "-id", "spiffe://other.example", "-path", pem)
 	d.cli(t, "entry", "update", "-spiffeID", "spiffe://peers.example/agent/f", "-parentID", "spiffe://peers.example/spire/server",
 		"-selector", "unix:uid:0", "-federatesWith", "spiffe://other.example", "-entryID", "f")

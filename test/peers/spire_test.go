@@ -15,13 +15,17 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
+
+	"github.com/deputy-id/deputy/test/loopback"
+	"github.com/deputy-id/deputy/test/process"
+	"github.com/deputy-id/deputy/test/scratch"
+	"github.com/deputy-id/deputy/test/wait"
 )
 
 // spireAgent builds SPIRE's agent, once for this machine.
@@ -38,8 +42,8 @@ type spire struct {
 	serverSock string
 	workload   string // the agent's socket, in a directory that a container may mount
 	rules      string // file
-	server     *running
-	agent      *running
+	server     *process.Process
+	agent      *process.Process
 }
 
 // Changes to the sample files, beyond their paths.
@@ -48,86 +52,11 @@ type changes struct {
 	rules         string              // empty: the sample's
 }
 
-// A running process and its log.
-type running struct {
-	cmd  *exec.Cmd
-	file string
-	done chan struct{} // closed when it has ended
-}
-
-func (r *running) log() string {
-	b, _ := os.ReadFile(r.file)
-	return string(b)
-}
-
-// launch starts a command whose output goes to a file, and ends it with the test.
-func launch(t testing.TB, file, name string, args ...string) *running {
-	t.Helper()
-	return launchCommand(t, file, exec.Command(name, args...))
-}
-
-// launchCommand is launch for a command that is more than its arguments.
-func launchCommand(t testing.TB, file string, cmd *exec.Cmd) *running {
-	t.Helper()
-	name := cmd.Path
-	f, err := os.Create(file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	r := &running{cmd: cmd, file: file, done: make(chan struct{})}
-	r.cmd.Stdout, r.cmd.Stderr = f, f
-	if err := r.cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	go func() {
-		r.cmd.Wait()
-		close(r.done)
-	}()
-	t.Cleanup(func() {
-		r.cmd.Process.Signal(syscall.SIGTERM)
-		select {
-		case <-r.done:
-		case <-time.After(15 * time.Second):
-			t.Errorf("%s had to be killed", filepath.Base(name))
-			r.cmd.Process.Kill()
-			<-r.done
-		}
-		if t.Failed() {
-			t.Logf("log of %s:\n%s", filepath.Base(name), r.log())
-		}
-	})
-	return r
-}
-
-// await waits until ready says so, or fails.
-func await(t testing.TB, what string, ready func() bool) {
-	t.Helper()
-	for end := time.Now().Add(30 * time.Second); !ready(); time.Sleep(50 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("waited for nothing: %s", what)
-		}
-	}
-}
-
 // newSPIRE builds what is missing and writes the configuration; nothing runs yet.
 func newSPIRE(t testing.TB, c changes) *spire {
 	t.Helper()
-	bin, err := plugins()
-	if err != nil {
-		t.Fatal(err)
-	}
-	s := new(spire)
-	if s.serverBin, err = spireServer(); err != nil {
-		t.Fatal(err)
-	}
-	if s.agentBin, err = spireAgent(); err != nil {
-		t.Fatal(err)
-	}
-	if s.dir, err = os.MkdirTemp("", "dp"); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(s.dir) })
+	bin := plugins(t)
+	s := &spire{dir: scratch.Dir(t), serverBin: built(t, spireServer), agentBin: built(t, spireAgent)}
 	s.serverSock, s.rules = s.path("server.sock"), s.path("claims.hcl")
 	s.workload = s.path("public/w.sock")
 	for _, dir := range []string{"server", "agent", "public"} {
@@ -135,11 +64,8 @@ func newSPIRE(t testing.TB, c changes) *spire {
 			t.Fatal(err)
 		}
 	}
-	if err := os.Chmod(s.dir, 0o755); err != nil {
-		t.Fatal(err)
-	}
 	paths := strings.NewReplacer(
-		`"8081"`, strconv.Quote(strconv.Itoa(freePort(t))),
+		`"8081"`, fmt.Sprintf(`"%d"`, loopback.Port(t)),
 		"/run/spire/server/private/api.sock", s.serverSock,
 		"/run/spire/agent/public/api.sock", s.workload,
 		"/var/lib/spire", s.dir,
@@ -175,12 +101,7 @@ func (s *spire) path(name string) string { return filepath.Join(s.dir, name) }
 // write replaces a file as an editor or a configuration map does: by a rename.
 func (s *spire) write(t testing.TB, name, text string) {
 	t.Helper()
-	if err := os.WriteFile(s.path(name+".new"), []byte(text), 0o644); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Rename(s.path(name+".new"), s.path(name)); err != nil {
-		t.Fatal(err)
-	}
+	scratch.Replace(t, s.path(name), text)
 }
 
 func (s *spire) read(t testing.TB, name string) string {
@@ -210,20 +131,10 @@ func checksum(t testing.TB, path string) string {
 	return fmt.Sprintf("%x", sha256.Sum256(b))
 }
 
-func freePort(t testing.TB) int {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().(*net.TCPAddr).Port
-}
-
 // startServer starts the server and waits until it answers.
 func (s *spire) startServer(t testing.TB) {
 	t.Helper()
-	s.server = launch(t, s.path("server.log"), s.serverBin, "run", "-config", s.path("server.conf"))
+	s.server = process.Start(t, exec.Command(s.serverBin, "run", "-config", s.path("server.conf")))
 	s.ready(t, s.server, s.serverSock)
 	s.write(t, "bundle.pem", s.cli(t, "bundle", "show"))
 }
@@ -236,18 +147,13 @@ func (s *spire) startAgent(t testing.TB) {
 		t.Fatal("the server gave no token")
 	}
 	token, _, _ = strings.Cut(token, "\n")
-	s.agent = launch(t, s.path("agent.log"), s.agentBin, "run", "-config", s.path("agent.conf"), "-joinToken", strings.TrimSpace(token))
+	s.agent = process.Start(t, exec.Command(s.agentBin, "run", "-config", s.path("agent.conf"), "-joinToken", strings.TrimSpace(token)))
 	s.ready(t, s.agent, s.workload)
 }
 
-func (s *spire) ready(t testing.TB, r *running, socket string) {
+func (s *spire) ready(t testing.TB, r *process.Process, socket string) {
 	t.Helper()
-	await(t, socket, func() bool {
-		select {
-		case <-r.done:
-			t.Fatalf("%s ended:\n%s", filepath.Base(r.cmd.Path), r.log())
-		default:
-		}
+	r.Until(t, socket, func() bool {
 		conn, err := net.Dial("unix", socket)
 		if err != nil {
 			return false
@@ -260,11 +166,7 @@ func (s *spire) ready(t testing.TB, r *running, socket string) {
 // cli runs a command of the server's own command line.
 func (s *spire) cli(t testing.TB, noun, verb string, args ...string) string {
 	t.Helper()
-	out, err := exec.Command(s.serverBin, append([]string{noun, verb, "-socketPath", s.serverSock}, args...)...).CombinedOutput()
-	if err != nil {
-		t.Fatalf("spire-server %s %s: %v\n%s", noun, verb, err, out)
-	}
-	return string(out)
+	return process.Run(t, exec.Command(s.serverBin, append([]string{noun, verb, "-socketPath", s.serverSock}, args...)...))
 }
 
 // entry registers an ID for the workloads that have all of the selectors.
@@ -290,7 +192,7 @@ func (s *spire) jwt(path, audience string) (*jwtsvid.SVID, error) {
 func (s *spire) mustJWT(t testing.TB, path, audience string) *jwtsvid.SVID {
 	t.Helper()
 	var svid *jwtsvid.SVID
-	await(t, "a token of "+path, func() (ok bool) {
+	wait.Until(t, "a token of "+path, func() (ok bool) {
 		var err error
 		svid, err = s.jwt(path, audience)
 		return err == nil

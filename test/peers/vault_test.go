@@ -19,6 +19,9 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/deputy-id/deputy/test/loopback"
+	"github.com/deputy-id/deputy/test/process"
 )
 
 const vaultVersion = "1.17.6"
@@ -97,20 +100,11 @@ type vault struct{ address, root string }
 
 func startVault(t *testing.T) *vault {
 	t.Helper()
-	binary, err := vaultServer()
-	if err != nil {
-		t.Fatal(err)
-	}
-	listen := fmt.Sprintf("127.0.0.1:%d", freePort(t))
+	listen := loopback.Address(t)
 	v := &vault{"http://" + listen, "root"}
-	r := launch(t, filepath.Join(t.TempDir(), "vault.log"), binary, "server", "-dev",
-		"-dev-listen-address", listen, "-dev-root-token-id", v.root, "-dev-no-store-token")
-	await(t, "vault", func() bool {
-		select {
-		case <-r.done:
-			t.Fatalf("vault ended:\n%s", r.log())
-		default:
-		}
+	r := process.Start(t, exec.Command(built(t, vaultServer), "server", "-dev",
+		"-dev-listen-address", listen, "-dev-root-token-id", v.root, "-dev-no-store-token"))
+	r.Until(t, "vault", func() bool {
 		resp, err := http.Get(v.address + "/v1/sys/health")
 		if err != nil {
 			return false

@@ -6,7 +6,6 @@ import (
 	"crypto/ecdsa"
 	"crypto/rand"
 	"crypto/sha256"
-	"os"
 	"path/filepath"
 	"testing"
 	"time"
@@ -17,6 +16,9 @@ import (
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+
+	"github.com/deputy-id/deputy/test/scratch"
+	"github.com/deputy-id/deputy/test/wait"
 )
 
 // withWITs is the page's configuration for WIT-SVIDs.
@@ -29,9 +31,9 @@ func withWITs(t *testing.T) string {
 	return blocks[0]
 }
 
-func (d *daemon) client(t *testing.T) *workloadapi.Client {
+func (d *host) client(t *testing.T) *workloadapi.Client {
 	t.Helper()
-	c, err := workloadapi.New(t.Context(), workloadapi.WithAddr("unix://"+d.workload))
+	c, err := workloadapi.New(t.Context(), workloadapi.WithAddr("unix://"+d.Workload))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -39,11 +41,11 @@ func (d *daemon) client(t *testing.T) *workloadapi.Client {
 	return c
 }
 
-func (d *daemon) witSource(t *testing.T) *workloadapi.WITSource {
+func (d *host) witSource(t *testing.T) *workloadapi.WITSource {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
-	s, err := workloadapi.NewWITSource(ctx, workloadapi.WithClientOptions(workloadapi.WithAddr("unix://"+d.workload)))
+	s, err := workloadapi.NewWITSource(ctx, workloadapi.WithClientOptions(workloadapi.WithAddr("unix://"+d.Workload)))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -166,11 +168,7 @@ func TestGoSPIFFEFollowsWITs(t *testing.T) {
 func TestGoSPIFFEValidatesWITsAcrossTrustDomains(t *testing.T) {
 	here := start(t, "peers.example", withWITs(t)+own("here", "  federates_with = [\"other.example\"]\n"))
 	there := start(t, "other.example", withWITs(t)+own("there", ""))
-	file := filepath.Join(t.TempDir(), "bundle.json")
-	text := run(t, there.binary, "bundle", "show", "--format", "spiffe", "--admin-socket", there.admin)
-	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	file := scratch.Write(t, filepath.Join(t.TempDir(), "bundle.json"), there.Run(t, "bundle", "show", "--format", "spiffe"))
 	theirs, err := there.client(t).FetchWITSVID(t.Context(), "")
 	if err != nil {
 		t.Fatal(err)
@@ -179,8 +177,8 @@ func TestGoSPIFFEValidatesWITsAcrossTrustDomains(t *testing.T) {
 	if _, err := witsvid.ParseAndValidate(theirs.Marshal(), source); err == nil {
 		t.Error("a stranger's WIT-SVID is valid")
 	}
-	run(t, here.binary, "bundle", "set", "other.example", "--path", file, "--admin-socket", here.admin)
-	await(t, "the other's bundle", func() bool {
+	here.Run(t, "bundle", "set", "other.example", "--path", file)
+	wait.Until(t, "the other's bundle", func() bool {
 		_, err := source.GetWITBundleForTrustDomain(theirs.ID.TrustDomain())
 		return err == nil
 	})

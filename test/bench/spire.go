@@ -132,7 +132,7 @@ plugins {
 	}
 	// The agent asks for its entries every five seconds.
 	for end := time.Now().Add(30 * time.Second); ; time.Sleep(time.Second) {
-		if _, err = p.client("save", socket).Output(); err == nil {
+		if _, err = p.client("save", socket, "x509").Output(); err == nil {
 			return a, func() { a.stop(); s.stop() }, nil
 		}
 		if time.Now().After(end) {

@@ -10,6 +10,11 @@ import (
 	"slices"
 	"strconv"
 
+	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
+	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
+	loggerv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/logger/v1"
+	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
+	trustdomainv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/trustdomain/v1"
 	"google.golang.org/grpc"
 
 	"github.com/deputy-id/deputy/attestor"
@@ -17,6 +22,21 @@ import (
 	adminv1 "github.com/deputy-id/deputy/proto/deputy/admin/v1"
 	"github.com/deputy-id/deputy/svid/registry"
 )
+
+// newAdmin returns the server of the administrators' socket. What they say is
+// not counted, as their connections are not.
+func (s *Server) newAdmin() *grpc.Server {
+	g := s.newGate(&handshaker{s: s, accept: s.acceptAdmin}, s.guard, denyAdmin)
+	g.most = maxBatch
+	entryv1.RegisterEntryServer(g, &entries{s: s})
+	bundlev1.RegisterBundleServer(g, &bundles{s: s})
+	svidv1.RegisterSVIDServer(g, &mint{s: s})
+	trustdomainv1.RegisterTrustDomainServer(g, &relationships{s: s})
+	adminv1.RegisterFederationServer(g, &relationships{s: s})
+	loggerv1.RegisterLoggerServer(g, &levels{log: s.Log, launch: s.Log.GetLevel()})
+	adminv1.RegisterAdminServer(g, &admin{s: s})
+	return g.Server
+}
 
 // acceptAdmin decides at connect whether a peer may administer. One that may
 // not is told so by every call, rather than cut off: it is a command that has
@@ -101,30 +121,19 @@ func (s *Server) inAdminGroup(l *link) (bool, error) {
 	return false, nil
 }
 
-func (s *Server) guard(ctx context.Context) error {
+// guard lets administrators in, and counts them for nobody.
+func (s *Server) guard(ctx context.Context, _ string) (*account, error) {
 	l := linkOf(ctx)
 	switch {
 	case l == nil:
-		return errForeign
+		return nil, errForeign
 	case l.refused != nil:
-		return l.refused
+		return nil, l.refused
 	}
-	return s.check(l)
+	return nil, s.check(l)
 }
 
-func (s *Server) guardUnary(ctx context.Context, in any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
-	if err := s.guard(ctx); err != nil {
-		return nil, adminStatus(err)
-	}
-	return handler(ctx, in)
-}
-
-func (s *Server) guardStream(srv any, st grpc.ServerStream, _ *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
-	if err := s.guard(st.Context()); err != nil {
-		return adminStatus(err)
-	}
-	return handler(srv, st)
-}
+func denyAdmin(_ context.Context, _ string, err error) error { return adminStatus(err) }
 
 // admin is our own API for administrators.
 type admin struct {

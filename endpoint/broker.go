@@ -10,10 +10,8 @@ import (
 	"github.com/spiffe/go-spiffe/v2/exp/proto/spiffe/broker"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
-	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/metadata"
-	"google.golang.org/grpc/reflection"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
 
@@ -23,12 +21,9 @@ import (
 
 // newBroker returns the server of the SPIFFE Broker API.
 func (s *Server) newBroker() *grpc.Server {
-	g := grpc.NewServer(s.options(&brokerShaker{s, owner}, grpc.KeepaliveParams(keepalive.ServerParameters{Time: 2 * time.Minute}),
-		grpc.ChainStreamInterceptor(s.admitBrokerStream), grpc.ChainUnaryInterceptor(s.admitBrokerCall))...)
+	g := s.newGate(&brokerShaker{s, owner}, s.admitBroker, denyBroker, grpc.KeepaliveParams(keepalive.ServerParameters{Time: 2 * time.Minute}))
 	broker.RegisterAPIServer(g, &brokerAPI{s: s})
-	healthv1.RegisterHealthServer(g, s.health)
-	reflection.Register(g)
-	return g
+	return g.Server
 }
 
 // brokerAPI is the SPIFFE Broker API. Its messages have the fields of the
@@ -103,43 +98,24 @@ func (a *brokerAPI) FetchJWTSVID(ctx context.Context, in *broker.FetchJWTSVIDReq
 
 // admitBroker lets a broker in, to whatever is served here, whose call carries
 // the header against requests which it was tricked into forwarding (SPIFFE
-// Broker Endpoint §3). Without an error the call ends with done.
-func (s *Server) admitBroker(ctx context.Context, method string) (done func(), err error) {
+// Broker Endpoint §3).
+func (s *Server) admitBroker(ctx context.Context, method string) (*account, error) {
 	if v := metadata.ValueFromIncomingContext(ctx, "broker.spiffe.io"); len(v) != 1 || v[0] != "true" {
-		return nil, brokerStatus(errBrokerHeader)
+		return nil, errBrokerHeader
 	}
 	b := brokerOf(ctx)
 	if b == nil {
-		return nil, brokerStatus(errForeign)
+		return nil, errForeign
 	}
 	s.Log.Debug("broker calls", "method", method, "spiffe_id", b.id.String())
-	err = b.check(ctx)
-	if err == nil {
-		err = s.budget.stream(b.acct)
-	}
-	if err != nil {
+	return b.acct, b.check(ctx)
+}
+
+func denyBroker(ctx context.Context, method string, err error) error {
+	if b := brokerOf(ctx); b != nil {
 		b.note(method, err)
-		return nil, brokerStatus(err)
 	}
-	return func() { s.budget.end(b.acct) }, nil
-}
-
-func (s *Server) admitBrokerStream(srv any, st grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
-	done, err := s.admitBroker(st.Context(), info.FullMethod)
-	if err != nil {
-		return err
-	}
-	defer done()
-	return handler(srv, st)
-}
-
-func (s *Server) admitBrokerCall(ctx context.Context, in any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
-	done, err := s.admitBroker(ctx, info.FullMethod)
-	if err != nil {
-		return nil, err
-	}
-	defer done()
-	return handler(ctx, in)
+	return brokerStatus(err)
 }
 
 // answer turns the end of a broker's call into a status.

@@ -1,13 +1,13 @@
 package endpoint
 
 import (
-	"errors"
 	"fmt"
 
 	"google.golang.org/grpc/encoding"
-	"google.golang.org/grpc/encoding/proto"
+	grpcproto "google.golang.org/grpc/encoding/proto"
 	"google.golang.org/grpc/mem"
 	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/proto"
 )
 
 // encoded is a response that was marshalled before: once for a snapshot, and
@@ -18,13 +18,13 @@ type encoded []byte
 type nothing struct{}
 
 // codec is gRPC's own for protocol buffers, except that encoded passes through
-// as it is in both directions, the pieces of a response that are shared likewise
-// do so on their way out, and nothing is not allocated.
+// as it is, and the pieces of a response that are shared likewise. It is for
+// what we say; what is said to us, decode reads.
 type codec struct {
 	encoding.CodecV2
 }
 
-func newCodec() codec { return codec{encoding.GetCodecV2(proto.Name)} }
+func newCodec() codec { return codec{encoding.GetCodecV2(grpcproto.Name)} }
 
 func (c codec) Marshal(v any) (mem.BufferSlice, error) {
 	switch b := v.(type) {
@@ -36,18 +36,21 @@ func (c codec) Marshal(v any) (mem.BufferSlice, error) {
 	return c.CodecV2.Marshal(v)
 }
 
-func (c codec) Unmarshal(data mem.BufferSlice, v any) error {
+// decode reads a request, whose bytes are encoded's from then on.
+func decode(body []byte, v any) error {
 	switch v := v.(type) {
 	case *nothing:
-		if data.Len() == 0 {
+		return checkWire(body)
+	case *encoded:
+		*v = body
+		return nil
+	case proto.Message:
+		if proto.Unmarshal(body, v) == nil {
 			return nil
 		}
-		return checkWire(data.Materialize())
-	case *encoded:
-		*v = data.Materialize() // a copy
-		return nil
+		return errMalformed
 	}
-	return c.CodecV2.Unmarshal(data, v)
+	return fmt.Errorf("a request cannot be a %T", v)
 }
 
 // checkWire accepts what a message without fields may be: any sequence of
@@ -55,11 +58,8 @@ func (c codec) Unmarshal(data mem.BufferSlice, v any) error {
 func checkWire(b []byte) error {
 	for len(b) > 0 {
 		num, _, n := protowire.ConsumeField(b)
-		switch {
-		case n < 0:
-			return fmt.Errorf("malformed message: %w", protowire.ParseError(n))
-		case num > protowire.MaxValidNumber:
-			return errors.New("malformed message: field number is out of range")
+		if n < 0 || num > protowire.MaxValidNumber {
+			return errMalformed
 		}
 		b = b[n:]
 	}

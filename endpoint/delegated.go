@@ -9,8 +9,6 @@ import (
 	delegatedv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/agent/delegatedidentity/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc"
-	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
-	"google.golang.org/grpc/reflection"
 
 	"github.com/deputy-id/deputy/svid"
 	"github.com/deputy-id/deputy/svid/registry"
@@ -19,12 +17,9 @@ import (
 // newDelegated returns the server of the delegates' socket. Everybody may
 // connect; what a caller may do is found out at each call.
 func (s *Server) newDelegated() *grpc.Server {
-	g := grpc.NewServer(s.options(&handshaker{s: s, accept: acceptAny, counted: true},
-		grpc.ChainStreamInterceptor(s.countStream), grpc.ChainUnaryInterceptor(s.countUnary))...)
+	g := s.newGate(&handshaker{s: s, accept: acceptAny, counted: true}, s.admitPinned, s.denyPinned)
 	delegatedv1.RegisterDelegatedIdentityServer(g, &delegated{s: s})
-	healthv1.RegisterHealthServer(g, s.health)
-	reflection.Register(g)
-	return g
+	return g.Server
 }
 
 // delegated is SPIRE's Delegated Identity API.

@@ -30,11 +30,6 @@ import (
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
-	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
-	loggerv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/logger/v1"
-	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
-	trustdomainv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/trustdomain/v1"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
@@ -46,7 +41,6 @@ import (
 	"github.com/deputy-id/deputy/attestor"
 	"github.com/deputy-id/deputy/attestor/peer"
 	"github.com/deputy-id/deputy/internal/watch"
-	adminv1 "github.com/deputy-id/deputy/proto/deputy/admin/v1"
 	"github.com/deputy-id/deputy/svid"
 	"github.com/deputy-id/deputy/svid/registry"
 )
@@ -129,25 +123,7 @@ func New(c Config) *Server {
 	}
 	s.stop = sync.OnceFunc(func() { close(s.stopping) })
 
-	s.workload = grpc.NewServer(s.options(&handshaker{s: s, accept: acceptAny, counted: true},
-		grpc.ChainStreamInterceptor(s.countStream), grpc.ChainUnaryInterceptor(s.countUnary))...)
-	s.workload.RegisterService(&workloadDesc, s)
-	s.workload.RegisterService(&secretDesc, s)
-	healthv1.RegisterHealthServer(s.workload, s.health)
-	reflection.Register(s.workload)
-
-	s.admin = grpc.NewServer(s.options(&handshaker{s: s, accept: s.acceptAdmin},
-		grpc.MaxRecvMsgSize(maxBatch), grpc.ChainStreamInterceptor(s.guardStream), grpc.ChainUnaryInterceptor(s.guardUnary))...)
-	entryv1.RegisterEntryServer(s.admin, &entries{s: s})
-	bundlev1.RegisterBundleServer(s.admin, &bundles{s: s})
-	svidv1.RegisterSVIDServer(s.admin, &mint{s: s})
-	trustdomainv1.RegisterTrustDomainServer(s.admin, &relationships{s: s})
-	adminv1.RegisterFederationServer(s.admin, &relationships{s: s})
-	loggerv1.RegisterLoggerServer(s.admin, &levels{log: c.Log, launch: c.Log.GetLevel()})
-	adminv1.RegisterAdminServer(s.admin, &admin{s: s})
-	healthv1.RegisterHealthServer(s.admin, s.health)
-	reflection.Register(s.admin)
-	s.delegated, s.broker = s.newDelegated(), s.newBroker()
+	s.workload, s.admin, s.delegated, s.broker = s.newWorkload(), s.newAdmin(), s.newDelegated(), s.newBroker()
 	return s
 }
 
@@ -158,16 +134,17 @@ const (
 	maxHeaders = 16 << 10
 )
 
-// options are those of all servers. Buffers are small, because there may be a
-// connection for each of ten thousand processes and a request has a hundred
-// bytes; gRPC takes write buffers from a pool by itself. Windows are static:
-// requests are too small for an estimate of the bandwidth to be worth its pings.
-func (s *Server) options(h credentials.TransportCredentials, more ...grpc.ServerOption) []grpc.ServerOption {
-	return append([]grpc.ServerOption{
+// newGate returns a server that serves what all of them do. Buffers are small,
+// because there may be a connection for each of ten thousand processes and a
+// request has a hundred bytes; gRPC takes write buffers from a pool by itself.
+// Windows are static: requests are too small for an estimate of the bandwidth to
+// be worth its pings.
+func (s *Server) newGate(h credentials.TransportCredentials, admit admission, deny denial, more ...grpc.ServerOption) *gate {
+	g := &gate{budget: s.budget, most: maxMessage, admit: admit, deny: deny}
+	g.Server = grpc.NewServer(append([]grpc.ServerOption{
 		grpc.Creds(h),
 		grpc.ForceServerCodecV2(newCodec()),
 		grpc.MaxConcurrentStreams(uint32(s.Limits.ConnStreams)),
-		grpc.MaxRecvMsgSize(maxMessage),
 		grpc.MaxHeaderListSize(maxHeaders),
 		grpc.ReadBufferSize(4 << 10),
 		grpc.WriteBufferSize(16 << 10),
@@ -175,7 +152,10 @@ func (s *Server) options(h credentials.TransportCredentials, more ...grpc.Server
 		grpc.StaticConnWindowSize(128 << 10),
 		grpc.ConnectionTimeout(patience + 2*challengeTime),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
-	}, more...)
+	}, more...)...)
+	healthv1.RegisterHealthServer(g, s.health)
+	reflection.Register(g)
+	return g
 }
 
 // Admit is for the options of listeners of package peer, save the administrators'.

@@ -26,6 +26,7 @@ var (
 	errUnknown    = errors.New("evidence is incomplete")
 	errStopping   = errors.New("daemon is stopping")
 	errBudget     = errors.New("over budget")
+	errTooLong    = errors.New("message is too long")
 	errForeign    = errors.New("not permitted on this socket")
 	errNotFound   = errors.New("not found")
 	errExists     = errors.New("already exists")
@@ -86,6 +87,7 @@ var codeOf = []struct {
 	{attestor.ErrGone, codes.Unavailable},
 	{svid.ErrGone, codes.Unavailable},
 	{errBudget, codes.ResourceExhausted},
+	{errTooLong, codes.ResourceExhausted},
 	{registry.ErrFromFile, codes.FailedPrecondition},
 	{errInUse, codes.FailedPrecondition},
 	{registry.ErrNotFound, codes.NotFound},
@@ -129,7 +131,7 @@ func workloadStatus(err error) error {
 		return status.Error(c, err.Error())
 	case c == codes.PermissionDenied:
 		return status.Error(c, errNoIdentity.Error())
-	case errors.Is(err, errBudget), errors.Is(err, errStopping), errors.Is(err, svid.ErrNotReady):
+	case errors.Is(err, errBudget), errors.Is(err, errTooLong), errors.Is(err, errStopping), errors.Is(err, svid.ErrNotReady):
 		return status.Error(c, err.Error())
 	case c == codes.Unavailable:
 		return status.Error(c, "identity is not known for now")
@@ -196,15 +198,6 @@ func itemStatus(err error) *types.Status {
 		return &types.Status{Code: int32(codes.OK), Message: codes.OK.String()}
 	}
 	return &types.Status{Code: int32(code(err)), Message: err.Error()}
-}
-
-// decodeStatus is for a request that could not be read. gRPC calls malformed
-// bytes Internal; the Workload API calls them InvalidArgument.
-func decodeStatus(err error) error {
-	if s, ok := status.FromError(err); ok && s.Code() != codes.Internal {
-		return s.Err()
-	}
-	return status.Error(codes.InvalidArgument, errMalformed.Error())
 }
 
 // passing reports whether the cause of an error may go away by itself while

@@ -25,7 +25,7 @@ var secretDesc = grpc.ServiceDesc{
 	ServiceName: secretv3.SecretDiscoveryService_ServiceDesc.ServiceName,
 	HandlerType: (*any)(nil),
 	Methods: []grpc.MethodDesc{
-		method(secretv3.SecretDiscoveryService_ServiceDesc.ServiceName, "FetchSecrets", enterPinned, (*Server).fetchSecrets),
+		method("FetchSecrets", enterPinned, (*Server).fetchSecrets),
 	},
 	Streams: []grpc.StreamDesc{
 		secretStream("StreamSecrets", func(t talker) talk { return &sotw{talker: t} }),
@@ -83,8 +83,7 @@ type message struct {
 }
 
 // listen reads what the client says, one message at a time, until the stream
-// ends. It leaves the decoding to others: gRPC would end the stream by itself,
-// with a code that the client cannot know for its own fault.
+// ends.
 func listen(ctx context.Context, st grpc.ServerStream) <-chan message {
 	said := make(chan message)
 	go func() {

@@ -31,6 +31,14 @@ var workloadDesc = grpc.ServiceDesc{
 	Metadata: workload.SpiffeWorkloadAPI_ServiceDesc.Metadata,
 }
 
+// newWorkload returns the server of the workloads' socket.
+func (s *Server) newWorkload() *grpc.Server {
+	g := s.newGate(&handshaker{s: s, accept: acceptAny, counted: true}, s.admitPinned, s.denyPinned)
+	g.RegisterService(&workloadDesc, s)
+	g.RegisterService(&secretDesc, s)
+	return g.Server
+}
+
 func stream(name string, serve func(*Server, context.Context, *link, grpc.ServerStream) error) grpc.StreamDesc {
 	return streamOf(name, func(s *Server, ctx context.Context, l *link, _ *nothing, st grpc.ServerStream) error {
 		return serve(s, ctx, l, st)
@@ -49,7 +57,7 @@ func streamOf[In any](name string, serve func(*Server, context.Context, *link, *
 			}
 			in := new(In)
 			if err := st.RecvMsg(in); err != nil {
-				return decodeStatus(err)
+				return err
 			}
 			return s.answer(l, name, serve(s, ctx, l, in, st))
 		},
@@ -57,15 +65,14 @@ func streamOf[In any](name string, serve func(*Server, context.Context, *link, *
 }
 
 func unary[In, Out any](name string, serve func(*Server, context.Context, *link, *In) (Out, error)) grpc.MethodDesc {
-	return method("SpiffeWorkloadAPI", name, enterWorkload, serve)
+	return method(name, enterWorkload, serve)
 }
 
-func method[In, Out any](service, name string, enter func(context.Context) (*link, error),
+func method[In, Out any](name string, enter func(context.Context) (*link, error),
 	serve func(*Server, context.Context, *link, *In) (Out, error)) grpc.MethodDesc {
-	full := &grpc.UnaryServerInfo{FullMethod: "/" + service + "/" + name}
 	return grpc.MethodDesc{
 		MethodName: name,
-		Handler: func(srv any, ctx context.Context, decode func(any) error, interceptor grpc.UnaryServerInterceptor) (any, error) {
+		Handler: func(srv any, ctx context.Context, decode func(any) error, _ grpc.UnaryServerInterceptor) (any, error) {
 			s := srv.(*Server)
 			l, err := enter(ctx)
 			if err != nil {
@@ -73,21 +80,13 @@ func method[In, Out any](service, name string, enter func(context.Context) (*lin
 			}
 			in := new(In)
 			if err := decode(in); err != nil {
-				return nil, decodeStatus(err)
+				return nil, err
 			}
-			handle := func(ctx context.Context, in any) (any, error) {
-				out, err := serve(s, ctx, l, in.(*In))
-				if err != nil {
-					return nil, s.answer(l, name, err)
-				}
-				return out, nil
+			out, err := serve(s, ctx, l, in)
+			if err != nil {
+				return nil, s.answer(l, name, err)
 			}
-			if interceptor == nil {
-				return handle(ctx, in)
-			}
-			info := *full
-			info.Server = srv
-			return interceptor(ctx, in, &info, handle)
+			return out, nil
 		},
 	}
 }
@@ -158,32 +157,21 @@ func (s *Server) logCall(l *link, method string) {
 	}
 }
 
-func (s *Server) countStream(srv any, st grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
-	l := linkOf(st.Context())
-	if l == nil {
-		return workloadStatus(errForeign)
+// admitPinned lets every process in.
+func (s *Server) admitPinned(ctx context.Context, method string) (*account, error) {
+	l, err := enterPinned(ctx)
+	if err != nil {
+		return nil, err
 	}
-	s.logCall(l, info.FullMethod)
-	a := l.seat.account()
-	if err := s.budget.stream(a); err != nil {
-		return s.answer(l, "stream", err)
-	}
-	defer s.budget.end(a)
-	return handler(srv, st)
+	s.logCall(l, method)
+	return l.seat.account(), nil
 }
 
-func (s *Server) countUnary(ctx context.Context, in any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
-	l := linkOf(ctx)
-	if l == nil {
-		return nil, workloadStatus(errForeign)
+func (s *Server) denyPinned(ctx context.Context, method string, err error) error {
+	if l := linkOf(ctx); l != nil {
+		return s.answer(l, method, err)
 	}
-	s.logCall(l, info.FullMethod)
-	a := l.seat.account()
-	if err := s.budget.stream(a); err != nil {
-		return nil, s.answer(l, "call", err)
-	}
-	defer s.budget.end(a)
-	return handler(ctx, in)
+	return workloadStatus(err)
 }
 
 // A pause grows from try to try, with jitter, so that what a runtime could not

@@ -1,0 +1,190 @@
+package endpoint
+
+import (
+	"bytes"
+	"io"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"testing"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+
+	"github.com/deputy-id/deputy/attestor/peer"
+)
+
+// In pieces of one byte each, a message could take many times what it is long.
+func TestMessageInManyPiecesTakesWhatItIsLong(t *testing.T) {
+	const length, sent = 1 << 20, 1 << 18
+	w := start(t)
+	slow := w.wire(w.socket)
+	id := slow.open("/SpiffeWorkloadAPI/ValidateJWTSVID")
+	before := heap()
+	slow.say(id, announce(length, make([]byte, sent)...), 1, false)
+	// What came before this has arrived.
+	if st := slow.ask("/SpiffeWorkloadAPI/FetchJWTSVID", announce(0)); st.Code() != codes.InvalidArgument {
+		t.Fatalf("got %v, want InvalidArgument", st)
+	}
+	eventually(t, "it takes that", func() bool { return int64(heap())-int64(before) < 2*length })
+}
+
+func heap() uint64 {
+	var m runtime.MemStats
+	runtime.GC()
+	runtime.GC() // for what pools kept
+	runtime.ReadMemStats(&m)
+	return m.HeapAlloc
+}
+
+func TestCallsThatWaitForTheirMessageCountAsStreams(t *testing.T) {
+	w := start(t, limits(func(l *Limits) { l.OwnerStreams = 3 }))
+	c := w.wire(w.socket)
+	var waiting []uint32
+	for range 3 {
+		waiting = append(waiting, c.open("/SpiffeWorkloadAPI/ValidateJWTSVID"))
+	}
+	eventually(t, "they count", func() bool { return w.budget.streams.Load() == 3 })
+	if st := c.ask("/SpiffeWorkloadAPI/ValidateJWTSVID", nil); st.Code() != codes.ResourceExhausted {
+		t.Errorf("got %v, want ResourceExhausted", st)
+	}
+	c.say(waiting[0], announce(0), 5, true)
+	if st := c.status(waiting[0]); st.Code() != codes.InvalidArgument {
+		t.Errorf("got %v, want InvalidArgument", st)
+	}
+	eventually(t, "its place is given back", func() bool { return w.budget.streams.Load() == 2 })
+}
+
+// Who may not call is told so before it has said anything.
+func TestCallersAreCheckedBeforeTheyAreHeard(t *testing.T) {
+	b := startBrokering(t)
+	stranger := b.wire(spiffeid.RequireFromPath(domain, "/stranger"))
+	for _, method := range []string{"FetchJWTSVID", "SubscribeToX509SVID"} {
+		if st := stranger.status(stranger.open("/spiffe.broker.API/" + method)); st.Code() != codes.PermissionDenied {
+			t.Errorf("got %v for a broker that is on no list, want PermissionDenied", st)
+		}
+	}
+
+	refuse := func(l *link) error { l.refused = errForeign; return nil }
+	g := b.newGate(&handshaker{s: b.Server, accept: refuse}, b.guard, denyAdmin)
+	path := filepath.Join(t.TempDir(), "admin.sock")
+	l, err := peer.Listen(path, b.Processes, peer.Options{Mode: 0o666, Group: -1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	go g.Serve(l)
+	t.Cleanup(g.Stop)
+	other := b.world.wire(path)
+	if st := other.status(other.open("/grpc.health.v1.Health/Check")); st.Code() != codes.PermissionDenied {
+		t.Errorf("got %v for who is no administrator, want PermissionDenied", st)
+	}
+}
+
+// Every method of every server says with the same codes what is wrong with
+// bytes, whoever wrote its handler.
+func TestMalformedRequests(t *testing.T) {
+	w := startLending(t)
+	b := startBrokering(t)
+	for name, server := range map[string]struct {
+		*grpc.Server
+		wire *wire
+		most int
+	}{
+		"workload":  {w.workload, w.wire(w.world.socket), maxMessage},
+		"delegated": {w.delegated, w.wire(w.socket), maxMessage},
+		"admin":     {w.Server.admin, w.wire(w.world.admin), maxBatch},
+		"broker":    {b.broker, b.wire(runtimeID), maxMessage},
+	} {
+		for service, info := range server.GetServiceInfo() {
+			for _, m := range info.Methods {
+				if m.Name == "SyncAuthorizedEntries" {
+					continue // a stream that nobody listens to: not implemented
+				}
+				silence := codes.InvalidArgument
+				if m.IsClientStream {
+					silence = codes.OK // there may be any number of messages
+				}
+				for what, c := range map[string]struct {
+					body   []byte
+					header []string
+					want   codes.Code
+				}{
+					"nothing":                    {want: silence},
+					"half a header":              {body: []byte{0, 0}, want: codes.InvalidArgument},
+					"half a message":             {body: announce(10, 1, 2, 3), want: codes.InvalidArgument},
+					"no message but its length":  {body: announce(10), want: codes.InvalidArgument},
+					"no protocol buffers":        {body: announce(1, 0x0f), want: codes.InvalidArgument},
+					"field that is cut off":      {body: announce(2, 0x0a, 0x05), want: codes.InvalidArgument},
+					"too long":                   {body: announce(server.most + 1), want: codes.ResourceExhausted},
+					"as long as can be said":     {body: announce(1<<32 - 1), want: codes.ResourceExhausted},
+					"compressed, not said how":   {body: []byte{1, 0, 0, 0, 0}, want: codes.InvalidArgument},
+					"flag that there is not":     {body: []byte{2, 0, 0, 0, 0}, want: codes.InvalidArgument},
+					"compression nobody knows":   {body: []byte{1, 0, 0, 0, 0}, header: []string{"grpc-encoding", "x"}, want: codes.Unimplemented},
+					"two messages where one may": {body: append(announce(0), announce(0)...), want: codes.InvalidArgument},
+				} {
+					if m.IsClientStream && strings.HasPrefix(what, "two") {
+						continue
+					}
+					t.Run(name+" "+service+"/"+m.Name+" "+what, func(t *testing.T) {
+						st := server.wire.ask("/"+service+"/"+m.Name, c.body, c.header...)
+						if st.Code() != c.want {
+							t.Errorf("got %v, want %v", st, c.want)
+						}
+					})
+				}
+			}
+		}
+	}
+}
+
+// FuzzIncoming has a client say anything, on a call that may have one message
+// and on one that may have many.
+func FuzzIncoming(f *testing.F) {
+	for _, seed := range [][]byte{nil, {0}, announce(0), announce(3, 1, 2, 3), announce(3, 1), {1, 0, 0, 0, 0}, {0, 255, 255, 255, 255},
+		append(announce(1, 1), announce(2, 2)...), append(announce(1<<13, make([]byte, 1<<13)...), announce(0)...)} {
+		f.Add(false, seed)
+		f.Add(true, seed)
+	}
+	const most = 8 << 10
+	f.Fuzz(func(t *testing.T, more bool, said []byte) {
+		b := newBudget(Limits{Streams: 1, OwnerStreams: 1})
+		a := &account{}
+		if err := b.stream(a); err != nil {
+			t.Fatal(err)
+		}
+		in := &incoming{from: script{bytes.NewReader(said)}, most: most, budget: b, account: a, more: more}
+		var heard []byte
+		var err error
+		for {
+			var body encoded
+			if err = in.RecvMsg(&body); err != nil {
+				break
+			}
+			heard = append(heard, announce(len(body), body...)...)
+			if !more {
+				break
+			}
+		}
+		switch c := code(err); {
+		case err == nil, err == io.EOF:
+			if !bytes.Equal(heard, said) {
+				t.Errorf("heard %x of %x", heard, said)
+			}
+		case c != codes.InvalidArgument && c != codes.ResourceExhausted:
+			t.Errorf("got %v", err)
+		}
+		in.close()
+		if b.streams.Load() != 0 {
+			t.Errorf("not all is given back")
+		}
+	})
+}
+
+// A script is a source that has all that is said.
+type script struct{ *bytes.Reader }
+
+func (s script) ReadMessageHeader(b []byte) error {
+	_, err := io.ReadFull(s, b)
+	return err
+}

@@ -19,6 +19,8 @@ type Limits struct {
 	Streams          int // of all
 	OwnerStreams     int
 	OwnerNames       int // bytes that the names which an owner's streams ask for take
+	Messages         int // bytes of all messages that are announced and not dealt with
+	OwnerMessages    int
 	ConnStreams      int // open at a time on one connection; more wait at the client
 	Challenges       int // unanswered ones of a UID at a time
 	Attestations     int // of an owner at a time; more wait
@@ -43,6 +45,8 @@ func DefaultLimits(descriptors uint64, cpus int) Limits {
 		Streams:          65536,
 		OwnerStreams:     32768,
 		OwnerNames:       64 << 20,
+		Messages:         128 << 20,
+		OwnerMessages:    32 << 20,
 		ConnStreams:      1024,
 		Challenges:       64,
 		Attestations:     32,
@@ -55,7 +59,8 @@ func DefaultLimits(descriptors uint64, cpus int) Limits {
 type budget struct {
 	limits Limits
 
-	streams atomic.Int64
+	streams  atomic.Int64
+	messages atomic.Int64 // bytes
 
 	mu       sync.Mutex // guards what follows
 	conns    int
@@ -74,6 +79,7 @@ type account struct {
 	challenge chan struct{}
 	streams   atomic.Int64
 	names     atomic.Int64 // bytes
+	messages  atomic.Int64 // bytes
 	pins      atomic.Int64 // processes that are held for it
 
 	// Under budget.mu.
@@ -261,6 +267,26 @@ func (b *budget) stream(a *account) error {
 func (b *budget) end(a *account) {
 	b.streams.Add(-1)
 	a.streams.Add(-1)
+}
+
+// expect takes so many bytes for a message; the caller calls forget if there
+// is no error. Its owner's are looked at first: what one asks for in vain must
+// not be in the way of others for a moment.
+func (b *budget) expect(a *account, bytes int) error {
+	if a.messages.Add(int64(bytes)) > int64(b.limits.OwnerMessages) {
+		a.messages.Add(-int64(bytes))
+		return fmt.Errorf("%w: messages of the same origin are too long together", errBudget)
+	}
+	if b.messages.Add(int64(bytes)) > int64(b.limits.Messages) {
+		b.forget(a, bytes)
+		return fmt.Errorf("%w: messages of all are too long together", errBudget)
+	}
+	return nil
+}
+
+func (b *budget) forget(a *account, bytes int) {
+	b.messages.Add(-int64(bytes))
+	a.messages.Add(-int64(bytes))
 }
 
 // remember takes so many bytes more for names; fewer than none are given back.

@@ -36,6 +36,9 @@ func TestDefaultLimitsKeepAReserve(t *testing.T) {
 		if taken := 4 * uint64(l.Connections); descriptors >= 1024 && taken > descriptors*3/4 {
 			t.Errorf("%d descriptors: %d connections take %d, want a quarter kept back", descriptors, l.Connections, taken)
 		}
+		if l.OwnerMessages >= l.Messages/2 {
+			t.Errorf("%d descriptors: one owner's messages may take %d of %d bytes, want fewer", descriptors, l.OwnerMessages, l.Messages)
+		}
 	}
 	if l := DefaultLimits(20000, 2); l.OwnerStreams < 10000 || l.OwnerConnections < 100 || l.ConnStreams < 100 {
 		t.Errorf("got %+v, want room for 10,000 streams of 100 processes of one owner", l)

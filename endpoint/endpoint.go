@@ -129,7 +129,7 @@ func New(c Config) *Server {
 
 // Bounds of what a client may send.
 const (
-	maxMessage = 1<<20 + 4<<10 // so that what is wrong with a field of a MiB can be said
+	maxMessage = 1<<20 + 4<<10 // so that what is wrong with a field of a MiB can be said; see Limits for all of them
 	maxBatch   = 16 << 20      // of an administrator, who may bring thousands of entries or a large bundle
 	maxHeaders = 16 << 10
 )
@@ -148,7 +148,7 @@ func (s *Server) newGate(h credentials.TransportCredentials, admit admission, de
 		grpc.MaxHeaderListSize(maxHeaders),
 		grpc.ReadBufferSize(4 << 10),
 		grpc.WriteBufferSize(16 << 10),
-		grpc.StaticStreamWindowSize(64 << 10),
+		grpc.StaticStreamWindowSize(streamWindow),
 		grpc.StaticConnWindowSize(128 << 10),
 		grpc.ConnectionTimeout(patience + 2*challengeTime),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),

@@ -7,15 +7,17 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"sync"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/status"
 )
 
 // A gate is a server whose calls are let in before anything that they say is
-// read. gRPC by itself holds what anybody announces, in as many pieces as it
-// comes in, shows a unary call to interceptors when its message is complete, and
-// calls what is malformed Internal.
+// read, and whose messages count before they are there. gRPC by itself holds
+// what anybody announces, in as many pieces as it comes in, shows a unary call
+// to interceptors when its message is complete, and calls what is malformed
+// Internal.
 type gate struct {
 	*grpc.Server
 	budget *budget
@@ -101,16 +103,30 @@ type source interface {
 	ReadMessageHeader([]byte) error
 }
 
-// An incoming is what the client of one call says.
+// An incoming is what the client of one call says. A message counts from when
+// it is announced until the call ends or the next one is waited for.
 type incoming struct {
 	grpc.ServerStream      // nil for a unary call
 	more              bool // the client may say any number of messages
 	from              source
 	most              int
 	budget            *budget
-	account           *account // nil: the call does not count
+	account           *account // nil: nothing is counted
 	head              [5]byte  // of a message: a flag, and the length
+
+	mu     sync.Mutex // guards what follows: a stream may be read still when its handler has returned
+	held   int        // bytes that count
+	closed bool
 }
+
+const (
+	// freeMessage is the length up to which a message does not count: the
+	// stream that it comes on takes more, and does. So nobody's honest request is
+	// refused for what others of the same origin announce.
+	freeMessage = 2 << 10
+	// streamWindow is what a client may send on a stream that nobody reads.
+	streamWindow = 64 << 10
+)
 
 // RecvMsg takes the client's next message; the error is io.EOF if there is
 // none on a stream that may have many.
@@ -123,6 +139,7 @@ func (in *incoming) RecvMsg(v any) error {
 }
 
 func (in *incoming) next() ([]byte, error) {
+	in.hold(0)
 	switch err := in.from.ReadMessageHeader(in.head[:]); {
 	case err == io.EOF && in.more:
 		return nil, err
@@ -135,6 +152,15 @@ func (in *incoming) next() ([]byte, error) {
 		return nil, invalid("malformed request: it is compressed")
 	case int64(n) > int64(in.most):
 		return nil, &fault{errTooLong, fmt.Sprintf("message of %d bytes is longer than %d", n, in.most)}
+	}
+	counts := int(n)
+	if in.more {
+		// Nobody reads between this message and the next, but the client may
+		// send.
+		counts = max(counts, streamWindow)
+	}
+	if err := in.hold(counts); err != nil {
+		return nil, err
 	}
 	body := make([]byte, n)
 	if err := in.from.ReadMessageHeader(body); err != nil {
@@ -161,8 +187,42 @@ func cut(err error) error {
 	return err
 }
 
-func (in *incoming) close() {
-	if in.account != nil {
-		in.budget.end(in.account)
+// hold counts so many bytes instead of those that were counted before.
+func (in *incoming) hold(bytes int) error {
+	if in.account == nil {
+		return nil
 	}
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	in.forget()
+	switch {
+	case bytes <= freeMessage:
+		return nil
+	case in.closed:
+		return context.Canceled
+	}
+	if err := in.budget.expect(in.account, bytes); err != nil {
+		return err
+	}
+	in.held = bytes
+	return nil
+}
+
+// forget is for who holds in.mu.
+func (in *incoming) forget() {
+	if in.held > 0 {
+		in.budget.forget(in.account, in.held)
+		in.held = 0
+	}
+}
+
+func (in *incoming) close() {
+	if in.account == nil {
+		return
+	}
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	in.forget()
+	in.closed = true
+	in.budget.end(in.account)
 }

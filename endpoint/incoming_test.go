@@ -8,12 +8,61 @@ import (
 	"strings"
 	"testing"
 
+	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"golang.org/x/net/http2"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/protobuf/proto"
 
+	"github.com/deputy-id/deputy/attestor"
 	"github.com/deputy-id/deputy/attestor/peer"
 )
+
+// Each announces a MiB and does not send the last byte of it.
+func TestUnfinishedMessagesAreBounded(t *testing.T) {
+	const calls, fit, length = 12, 4, 1 << 20
+	w := startLending(t, limits(func(l *Limits) { l.OwnerMessages = fit*length + length/2 }))
+	b := startBrokering(t, limits(func(l *Limits) { l.OwnerMessages = fit*length + length/2 }))
+	for name, c := range map[string]struct {
+		w      *world
+		wire   func() *wire
+		method string
+	}{
+		"workload, unary":  {w.world, func() *wire { return w.wire(w.world.socket) }, "/SpiffeWorkloadAPI/ValidateJWTSVID"},
+		"workload, stream": {w.world, func() *wire { return w.wire(w.world.socket) }, "/SpiffeWorkloadAPI/FetchX509SVID"},
+		"secrets, unary":   {w.world, func() *wire { return w.wire(w.world.socket) }, "/envoy.service.secret.v3.SecretDiscoveryService/FetchSecrets"},
+		"secrets, stream":  {w.world, func() *wire { return w.wire(w.world.socket) }, "/envoy.service.secret.v3.SecretDiscoveryService/StreamSecrets"},
+		"health":           {w.world, func() *wire { return w.wire(w.world.socket) }, "/grpc.health.v1.Health/Check"},
+		"reflection":       {w.world, func() *wire { return w.wire(w.world.socket) }, "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"},
+		"delegate, unary":  {w.world, func() *wire { return w.wire(w.socket) }, "/spire.api.agent.delegatedidentity.v1.DelegatedIdentity/FetchJWTSVIDs"},
+		"delegate, stream": {w.world, func() *wire { return w.wire(w.socket) }, "/spire.api.agent.delegatedidentity.v1.DelegatedIdentity/SubscribeToX509SVIDs"},
+		"broker, unary":    {b.world, func() *wire { return b.wire(runtimeID) }, "/spiffe.broker.API/FetchJWTSVID"},
+		"broker, stream":   {b.world, func() *wire { return b.wire(runtimeID) }, "/spiffe.broker.API/SubscribeToX509SVID"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			flood := c.wire()
+			flood.t = t
+			held := 0
+			for range calls {
+				id := flood.open(c.method)
+				if flood.say(id, announce(length, make([]byte, length-1)...), 16<<10, false) {
+					held++
+				} else if st := flood.status(id); st.Code() != codes.ResourceExhausted || !strings.Contains(st.Message(), "over budget") {
+					t.Errorf("got %v, want ResourceExhausted and the reason", st)
+				}
+			}
+			if held != fit {
+				t.Errorf("%d messages are held, want %d", held, fit)
+			}
+			flood.conn.Close()
+			eventually(t, "what they held is given back", func() bool {
+				return c.w.budget.messages.Load() == 0 && c.w.budget.streams.Load() == 0
+			})
+		})
+	}
+}
 
 // In pieces of one byte each, a message could take many times what it is long.
 func TestMessageInManyPiecesTakesWhatItIsLong(t *testing.T) {
@@ -36,6 +85,58 @@ func heap() uint64 {
 	runtime.GC() // for what pools kept
 	runtime.ReadMemStats(&m)
 	return m.HeapAlloc
+}
+
+func TestUnfinishedMessagesOfOneAreNotInTheWayOfOthers(t *testing.T) {
+	const length = 1 << 20
+	w := start(t, limits(func(l *Limits) { l.OwnerMessages, l.Messages = 2*length, 4*length }))
+	w.entry("/a", nil, mine)
+	flood := w.wire(w.socket)
+	for range 10 {
+		id := flood.open("/SpiffeWorkloadAPI/ValidateJWTSVID")
+		flood.say(id, announce(length, make([]byte, length-1)...), 16<<10, false)
+	}
+	api := w.workloadAPI()
+	recv(t, x509Stream(t, api), "/a") // short requests are heard, whoever comes with them
+	long := &workload.JWTSVIDRequest{Audience: []string{strings.Repeat("a", length-8)}}
+	w.evidence.set(func(ev *attestor.Evidence) { ev.Owner = "another" })
+	other := w.workloadAPI()
+	recv(t, x509Stream(t, other), "/a") // from here on the owner is known
+	for range 10 {
+		_, err := other.FetchJWTSVID(call(t), long)
+		wantCode(t, err, codes.InvalidArgument)
+	}
+}
+
+// A client that does not read what it is told, and goes on talking, takes what
+// its stream lets in.
+func TestWhatIsSaidToWhoIsBusyCounts(t *testing.T) {
+	w := start(t, limits(func(l *Limits) { l.OwnerMessages = streamWindow + streamWindow/2 }))
+	w.entry("/a", nil, mine)
+	c := w.wire(w.socket)
+	if st := c.ask("/SpiffeWorkloadAPI/FetchJWTSVID", announce(4, 0x0a, 2, 'd', 'b')); st.Code() != codes.OK { // from here on the owner is known
+		t.Fatal(st)
+	}
+	c.write(func() error { return c.fr.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: 0}) })
+	talk := func() uint32 {
+		id := c.open("/envoy.service.secret.v3.SecretDiscoveryService/DeltaSecrets")
+		ask := &discoveryv3.DeltaDiscoveryRequest{ResourceNamesSubscribe: []string{"default"}} // each is answered
+		for range 200 {
+			body, err := proto.Marshal(ask)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !c.say(id, announce(len(body), body...), 16<<10, false) {
+				break
+			}
+		}
+		return id
+	}
+	talk()
+	eventually(t, "the daemon waits for its answers to be read", func() bool { return w.budget.messages.Load() == streamWindow })
+	if st := c.status(talk()); st.Code() != codes.ResourceExhausted {
+		t.Errorf("got %v, want ResourceExhausted", st)
+	}
 }
 
 func TestCallsThatWaitForTheirMessageCountAsStreams(t *testing.T) {
@@ -142,13 +243,13 @@ func TestMalformedRequests(t *testing.T) {
 // and on one that may have many.
 func FuzzIncoming(f *testing.F) {
 	for _, seed := range [][]byte{nil, {0}, announce(0), announce(3, 1, 2, 3), announce(3, 1), {1, 0, 0, 0, 0}, {0, 255, 255, 255, 255},
-		append(announce(1, 1), announce(2, 2)...), append(announce(1<<13, make([]byte, 1<<13)...), announce(0)...)} {
+		append(announce(1, 1), announce(2, 2)...), append(announce(freeMessage+1, make([]byte, freeMessage+1)...), announce(0)...)} {
 		f.Add(false, seed)
 		f.Add(true, seed)
 	}
-	const most = 8 << 10
+	const most = 4 * freeMessage
 	f.Fuzz(func(t *testing.T, more bool, said []byte) {
-		b := newBudget(Limits{Streams: 1, OwnerStreams: 1})
+		b := newBudget(Limits{Streams: 1, OwnerStreams: 1, Messages: streamWindow + most, OwnerMessages: streamWindow + most})
 		a := &account{}
 		if err := b.stream(a); err != nil {
 			t.Fatal(err)
@@ -160,6 +261,9 @@ func FuzzIncoming(f *testing.F) {
 			var body encoded
 			if err = in.RecvMsg(&body); err != nil {
 				break
+			}
+			if counts := int(a.messages.Load()); len(body) > freeMessage && counts < len(body) || more && counts < streamWindow {
+				t.Errorf("a message of %d bytes counts for %d", len(body), counts)
 			}
 			heard = append(heard, announce(len(body), body...)...)
 			if !more {
@@ -175,7 +279,7 @@ func FuzzIncoming(f *testing.F) {
 			t.Errorf("got %v", err)
 		}
 		in.close()
-		if b.streams.Load() != 0 {
+		if a.messages.Load() != 0 || b.messages.Load() != 0 || b.streams.Load() != 0 {
 			t.Errorf("not all is given back")
 		}
 	})

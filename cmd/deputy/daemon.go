@@ -71,6 +71,9 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	options := authorityOptions(c, d.log)
 	options.Claims = d.book
 	options.WIT = c.Experimental.WITSVID.Value
+	if err := makeDataDir(c.DataDir.Value); err != nil {
+		return err
+	}
 	authority, err := local.Open(ctx, options)
 	if err != nil {
 		return err
@@ -127,6 +130,9 @@ func (d *daemon) run(ctx context.Context) (err error) {
 
 	if err := makeDirs(c, group); err != nil {
 		return err
+	}
+	if dir := impassable(c.WorkloadSocket.Path.Value); dir != "" && os.Geteuid() == 0 {
+		d.log.Warn("other users cannot reach the workload socket", "socket", c.WorkloadSocket.Path.Value, "closed_directory", dir)
 	}
 	workload, err := peer.Listen(c.WorkloadSocket.Path.Value, table, peer.Options{Mode: 0o666, Group: -1, Admit: d.server.Admit, Log: d.log})
 	if err != nil {

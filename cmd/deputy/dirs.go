@@ -27,6 +27,29 @@ func makeDirs(c *conf.Config, group int) error {
 	return makeDir(private, mode, group)
 }
 
+// makeDataDir makes the directory of the keys, for us alone, where there is
+// none. That its parents let others pass matters: the sockets may be beside it.
+// What is there already is the authority's to check.
+func makeDataDir(dir string) error {
+	if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return createDir(dir, 0o700, -1)
+}
+
+// impassable names the directory on the way to a socket that keeps other users
+// from it, or is empty.
+func impassable(socket string) string {
+	for dir := filepath.Dir(socket); ; dir = filepath.Dir(dir) {
+		if info, err := os.Stat(dir); err == nil && info.Mode().Perm()&0o001 == 0 {
+			return dir
+		}
+		if dir == filepath.Dir(dir) {
+			return ""
+		}
+	}
+}
+
 // makeDir makes a directory with this mode, and its parents so that everybody
 // can pass. One that is there stays as it is, but must not let others replace
 // the socket in it: they could answer in our place. Neither must the way to it.

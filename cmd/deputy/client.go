@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"sync"
 	"time"
@@ -28,7 +29,38 @@ func (e *endpoints) flags(cmd *cobra.Command) {
 	f := cmd.PersistentFlags()
 	f.StringVar(&e.socket, "socket", "", "`path` of the Workload API socket (else $SPIFFE_ENDPOINT_SOCKET)")
 	f.StringVar(&e.admin, "admin-socket", "", "`path` of the admin socket (else $DEPUTY_ADMIN_SOCKET)")
-	f.DurationVar(&e.timeout, "timeout", 30*time.Second, "give up after this `time`")
+	e.timeout = 30 * time.Second
+	f.Var((*limit)(&e.timeout), "timeout", "give up after this `time`")
+}
+
+// A limit is a time that something may take. None at all would be no time to
+// answer in.
+type limit time.Duration
+
+func (l *limit) String() string { return time.Duration(*l).String() }
+func (l *limit) Type() string   { return "duration" }
+
+func (l *limit) Set(text string) error {
+	d, err := time.ParseDuration(text)
+	switch {
+	case err != nil:
+		return errors.New("it is not a time such as 30s")
+	case d <= 0:
+		return errors.New("that is no time to answer in")
+	}
+	*l = limit(d)
+	return nil
+}
+
+// named refuses flags that are there with nothing in them: a script's variable
+// was empty.
+func named(cmd *cobra.Command, flags ...string) error {
+	for _, name := range flags {
+		if f := cmd.Flags().Lookup(name); f.Changed && f.Value.String() == "" {
+			return usage(fmt.Errorf("--%s is empty", name))
+		}
+	}
+	return nil
 }
 
 // workload connects to the Workload API.

@@ -39,6 +39,9 @@ func newFetchX509(out *output, e *endpoints) *cobra.Command {
   deputy fetch x509 --write /run/agent    # svid.0.pem, svid.0.key, bundle.0.pem`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := named(cmd, "write"); err != nil {
+				return err
+			}
 			if err := c.check(); err != nil {
 				return err
 			}
@@ -78,6 +81,9 @@ line, the default identity's first.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if len(audience) == 0 {
 				return usage(errors.New("fetch jwt needs an --audience"))
+			}
+			if err := named(cmd, "write"); err != nil {
+				return err
 			}
 			if err := checkID(id); err != nil {
 				return err
@@ -124,6 +130,9 @@ func newFetchBundle(out *output, e *endpoints) *cobra.Command {
   deputy fetch bundle --write /run/agent    # bundle.0.pem, federated_bundle.0.0.pem`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := named(cmd, "write"); err != nil {
+				return err
+			}
 			resp, err := first(cmd.Context(), e, fetchBundles)
 			if err != nil {
 				return err

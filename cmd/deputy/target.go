@@ -41,6 +41,9 @@ func parseTarget(text string) (*target, error) {
 	if where == "" {
 		return nil, fmt.Errorf("--signal %q names no process", text)
 	}
+	if where[0] == '-' {
+		return nil, fmt.Errorf("--signal %q: that is no PID; a file of such a name is written ./%s", text, where)
+	}
 	if strings.Trim(where, "0123456789") == "" {
 		pid, err := parsePID([]byte(where))
 		if err != nil {

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"os/exec"
+	"os/user"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -43,7 +44,9 @@ type setWriter struct {
 func (w *setWriter) open(dir, group, signalled string) (err error) {
 	w.gid = -1
 	if group != "" {
-		if w.gid, err = groupID(group); err != nil {
+		if w.gid, err = groupID(group); errors.As(err, new(user.UnknownGroupError)) || errors.As(err, new(user.UnknownGroupIdError)) {
+			return usage(fmt.Errorf("--group %q: there is no such group", group))
+		} else if err != nil {
 			return err
 		}
 	}

@@ -25,16 +25,22 @@ func (s *settings) readClaims() (problems conf.Problems) {
 	var found claims.Problems
 	switch {
 	case errors.As(err, &found):
-		for _, p := range found {
-			at := hcl.Pos{Line: p.Line, Column: p.Column, Byte: p.Byte}
-			problems.Add(hcl.Range{Filename: p.File, Start: at, End: at}, "%s", p.Reason)
-		}
+		addClaims(&problems, found)
 	case err != nil:
 		problems.Add(c.Range, "%s", err)
 	default:
 		s.claims = rules
+		addClaims(&s.warnings, rules.X509Blocks())
 	}
 	return problems
+}
+
+// addClaims adds what the claims' own reader has to say.
+func addClaims(to *conf.Problems, found claims.Problems) {
+	for _, p := range found {
+		at := hcl.Pos{Line: p.Line, Column: p.Column, Byte: p.Byte}
+		to.Add(hcl.Range{Filename: p.File, Start: at, End: at}, "%s", p.Reason)
+	}
 }
 
 // followClaims has tokens minted anew when the rules are others.

@@ -146,7 +146,7 @@ func (d *decoder) body(b *body, in string, k keys, bl blocks) {
 		case bl[a.name] != nil:
 			d.problem(a.at, "%s is a block: %[1]s { … }, without =", a.name)
 		default:
-			d.problem(a.at, "unknown key %q in %s; there %s", a.name, in, list(k))
+			d.problem(a.at, "unknown key %q in %s; there %s", a.name, in, all(k, bl))
 		}
 	}
 	for i := range b.blocks {
@@ -190,6 +190,18 @@ func repeats(attributes []attribute) (repeated map[int]int) {
 		}
 	}
 	return repeated
+}
+
+// all lists keys, and blocks if there are any: who took the one for the other
+// finds it.
+func all(k keys, bl blocks) string {
+	switch len(bl) {
+	case 0:
+		return list(k)
+	case 1:
+		return list(k) + ", and the block " + strings.TrimPrefix(list(bl), "is only ")
+	}
+	return list(k) + ", and the blocks " + strings.TrimPrefix(list(bl), "are ")
 }
 
 func list[V any](m map[string]V) string {

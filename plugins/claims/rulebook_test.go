@@ -229,7 +229,7 @@ func TestTheFileMayHoldSettingsOnce(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, err := Load(t.Context(), Source{Name: "plugin_data", Text: "rules_file = \"" + path + "\"\nunmapped = \"omit\"\n"}, domain)
-	want := path + ":2:12: unmapped is set in plugin_data already\n" + path + `:3:1: unknown key "rules_file" in the rules; there are claim_name, on_error and unmapped`
+	want := path + ":2:12: unmapped is set in plugin_data already\n" + path + `:3:1: unknown key "rules_file" in the rules; there are claim_name, on_error and unmapped, and the block rule`
 	if err == nil || err.Error() != want {
 		t.Errorf("got\n%v\nwant\n%s", err, want)
 	}

@@ -118,8 +118,8 @@ func TestTheMostSpecificRuleWins(t *testing.T) {
 
 func TestProblems(t *testing.T) {
 	for name, tc := range map[string]struct{ text, want string }{
-		"an unknown key":                                {"colour = \"blue\"\n", `1:1: unknown key "colour" in the rules; there are claim_name, on_error, rules_file and unmapped`},
-		"an unknown key of a rule":                      {"rule \"/a\" {\n  colour = \"blue\"\n}\n", `2:3: unknown key "colour" in a rule; there are agent_type, chain, expires, issuer, max_depth, may_act, owner, purpose, scopes and subject`},
+		"an unknown key":                                {"colour = \"blue\"\n", `1:1: unknown key "colour" in the rules; there are claim_name, on_error, rules_file and unmapped, and the block rule`},
+		"an unknown key of a rule":                      {"rule \"/a\" {\n  colour = \"blue\"\n}\n", `2:3: unknown key "colour" in a rule; there are agent_type, chain, expires, issuer, max_depth, may_act, owner, purpose, scopes and subject, and the blocks constraints and x509`},
 		"an unknown block":                              {`rules "/a" {}`, `1:1: unknown block "rules" in the rules; there is only rule`},
 		"plugin_data around it":                         {"plugin_data {\n}\n", `1:1: plugin_data is a block of SPIRE's own configuration; here stands what is in it`},
 		"a key twice":                                   {"unmapped = \"omit\"\nunmapped = \"deny\"", `2:1: unmapped is there already, at line 1`},

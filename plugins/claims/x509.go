@@ -11,6 +11,7 @@ import (
 
 // A certificate is what a rule adds to an X.509-SVID: its x509 block.
 type certificate struct {
+	at                               pos
 	dnsNames                         []template
 	organization, organizationalUnit []template
 	commonName                       template
@@ -61,6 +62,19 @@ func (r *Rules) Certificate(id spiffeid.ID, now time.Time) (*Certificate, error)
 	return c, nil
 }
 
+// X509Blocks lists the x509 blocks, for who does not make certificates by them:
+// a warning for each.
+func (r *Rules) X509Blocks() Problems {
+	var f findings
+	for i := range r.rules {
+		if one := &r.rules[i]; one.x509 != nil {
+			f.add(one.text, one.x509.at, "x509 has no effect in the daemon, whose certificates have the dns_names of their entry; it is for SPIRE's server")
+		}
+	}
+	f.err() // sorts, and counts those that are too many
+	return f.problems
+}
+
 func (d *decoder) x509(b *block, r *rule) {
 	if len(b.labels) > 0 {
 		d.problem(b.labels[0].at, "x509 takes no name")
@@ -68,7 +82,7 @@ func (d *decoder) x509(b *block, r *rule) {
 	if r.x509 != nil {
 		d.problem(b.at, "x509 is there already")
 	}
-	c := &certificate{}
+	c := &certificate{at: b.at}
 	r.x509 = c
 	attribute := func(t *template) error {
 		if len(t.example()) > maxCommonName {

@@ -211,13 +211,16 @@ func (l *loader) authority(b *hclsyntax.Block) {
 	// Presence counts here, not whether the value was good.
 	has := func(name string) bool { return b.Body.Attributes[name] != nil }
 	l.hasIssuer = has("jwt_issuer")
-	switch cert, key := has("upstream_cert"), has("upstream_key"); {
-	case cert && !key:
-		l.problems.Add(b.Body.Attributes["upstream_cert"].NameRange, "upstream_cert needs upstream_key beside it")
-	case key && !cert:
-		l.problems.Add(b.Body.Attributes["upstream_key"].NameRange, "upstream_key needs upstream_cert beside it")
-	case has("upstream_bundle") && !cert:
-		l.problems.Add(b.Body.Attributes["upstream_bundle"].NameRange, "upstream_bundle needs upstream_cert and upstream_key beside it")
+	var there, missing []string
+	for _, name := range []string{"upstream_cert", "upstream_key", "upstream_bundle"} {
+		if has(name) {
+			there = append(there, name)
+		} else {
+			missing = append(missing, name)
+		}
+	}
+	if len(there) > 0 && len(missing) > 0 {
+		l.problems.Add(b.Body.Attributes[there[0]].NameRange, "%s needs %s beside it", there[0], strings.Join(missing, " and "))
 	}
 }
 

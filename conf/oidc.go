@@ -2,6 +2,7 @@ package conf
 
 import (
 	"net"
+	"net/netip"
 	"net/url"
 	"path"
 	"strconv"
@@ -64,15 +65,37 @@ func (l *loader) issuerServed() {
 	}
 }
 
+// hostExists reports whether there could be such a host: none, which is all
+// addresses of our own, an address, or a name. What ends in a number is an
+// address or nothing (RFC 1123 §2.1).
+func hostExists(host string) bool {
+	if _, err := netip.ParseAddr(host); err == nil || host == "" {
+		return true
+	}
+	host = strings.TrimSuffix(host, ".")
+	last := host[strings.LastIndexByte(host, '.')+1:]
+	if _, err := strconv.ParseUint(last, 10, 64); err == nil || len(host) > 253 {
+		return false
+	}
+	for label := range strings.SplitSeq(host, ".") {
+		if label == "" || len(label) > 63 || strings.ContainsFunc(label, func(r rune) bool {
+			return !(r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || r == '-' || r == '_')
+		}) {
+			return false
+		}
+	}
+	return true
+}
+
 // address reads a TCP address to listen on.
 func (l *loader) address(a *hclsyntax.Attribute, to *Setting[string]) {
 	s, ok := l.text(a.Expr)
 	if !ok {
 		return
 	}
-	_, port, err := net.SplitHostPort(s.Value)
+	host, port, err := net.SplitHostPort(s.Value)
 	n, bad := strconv.ParseUint(port, 10, 16)
-	if err != nil || bad != nil || n == 0 {
+	if err != nil || bad != nil || n == 0 || !hostExists(host) {
 		l.problems.Add(s.Range, "%s %q is not a host and a port such as \"0.0.0.0:8444\"", a.Name, s.Value)
 		return
 	}

@@ -32,7 +32,15 @@ succeeds.`,
 			if err != nil {
 				return located(cmd, err)
 			}
-			if problems := s.checkNamed(); len(problems) > 0 {
+			problems := s.checkNamed()
+			var upstream conf.Problems
+			if err := s.checkUpstream(); errors.As(err, &upstream) {
+				problems = append(problems, upstream...)
+			} else if err != nil {
+				return err
+			}
+			if len(problems) > 0 {
+				problems.Sort()
 				return located(cmd, problems)
 			}
 			if out.json() {

@@ -76,7 +76,7 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	}
 	authority, err := local.Open(ctx, options)
 	if err != nil {
-		return err
+		return upstreamProblem(c, err)
 	}
 	opened = append(opened, authority.Close)
 	if w := authority.Warning(); w != "" {
@@ -153,14 +153,14 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	}
 	relying, err := listenDiscovery(c, authority, d.log)
 	if err != nil {
-		return err
+		return cannotListen(c.OIDCDiscovery.Address, err)
 	}
 	if relying != nil {
 		opened = append(opened, relying.Close)
 	}
 	bundles, err := listenBundle(c, authority, d.log)
 	if err != nil {
-		return err
+		return cannotListen(c.Federation.Endpoint.Address, err)
 	}
 	if bundles != nil {
 		opened = append(opened, bundles.Close)

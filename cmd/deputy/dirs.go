@@ -118,7 +118,7 @@ func adminGroup(c *conf.Config) (int, error) {
 	}
 	gid, err := groupID(name.Value)
 	if err != nil {
-		return -1, conf.Problems{{Range: name.Range, Reason: err.Error()}}
+		return -1, err
 	}
 	return gid, nil
 }

@@ -112,7 +112,7 @@ func (l *lending) listen(table *peer.Table, server *endpoint.Server) (err error)
 	if b.Address.Value != "" {
 		s, err := net.Listen("tcp", b.Address.Value)
 		if err != nil {
-			return fmt.Errorf("listen for brokers: %w", err)
+			return cannotListen(b.Address, fmt.Errorf("listen for brokers: %w", err))
 		}
 		l.opened = append(l.opened, closing(s))
 		l.brokers = append(l.brokers, crowd.Limit(s, crowd.Bounds{All: tcpBrokers, Host: tcpBrokers}))

@@ -49,7 +49,7 @@ was changed and needs a restart. A file with a mistake changes nothing.`,
 			defer stop()
 			defer reserve()()
 			d := &daemon{file: file, settings: s, reloads: r, log: newLog(os.Stderr, s.Config)}
-			return d.run(ctx)
+			return located(cmd, d.run(ctx))
 		},
 	}
 	cmd.Flags().StringVar(&file, "config", "", "configuration `file`")

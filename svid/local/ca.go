@@ -50,7 +50,7 @@ func (a *Authority) makeCA(now time.Time) (*slot, error) {
 	if a.o.Upstream.given() {
 		up, err := a.o.Upstream.read(a.o.TrustDomain, now)
 		if err != nil {
-			return nil, err
+			return nil, &UpstreamError{err}
 		}
 		parent, signer, s.roots = up.chain[0], up.key, up.roots
 		for _, c := range up.chain {
@@ -72,7 +72,7 @@ func (a *Authority) makeCA(now time.Time) (*slot, error) {
 		s.chain = append([]*x509.Certificate{cert}, above...)
 		// Constraints of names and path length show here, not at a workload.
 		if err := verifyCA(s.chain, s.roots, now); err != nil {
-			return nil, fmt.Errorf("CA certificate under %s does not verify: %w", a.o.Upstream.Cert, err)
+			return nil, &UpstreamError{fmt.Errorf("CA certificate under %s does not verify: %w", a.o.Upstream.Cert, err)}
 		}
 	} else {
 		// The root itself is in the bundle, so no chain carries it.

@@ -32,6 +32,22 @@ func (u Upstream) complete() error {
 	return nil
 }
 
+// An UpstreamError says why no CA can be made under the files of an upstream.
+type UpstreamError struct{ err error }
+
+func (e *UpstreamError) Error() string { return e.err.Error() }
+func (e *UpstreamError) Unwrap() error { return e.err }
+
+// CheckUpstream makes a CA under the upstream that the options name, as an
+// Authority would, and drops it. An error about the files is an UpstreamError.
+func CheckUpstream(o Options) error {
+	if err := o.complete(); err != nil || !o.Upstream.given() {
+		return err
+	}
+	_, err := (&Authority{o: o}).makeCA(time.Now())
+	return err
+}
+
 type upstream struct {
 	chain []*x509.Certificate
 	key   crypto.Signer

@@ -86,6 +86,34 @@ func CheckSelector(s Selector) error {
 	return nil
 }
 
+// CheckPrefix returns why no attestor of this build would ever give a selector
+// that begins with the type, the key and, where it is not empty, the name of what
+// the value is of: docker, label, com.example.role.
+func CheckPrefix(typ, key, name string) error {
+	keys, ok := forms[typ]
+	if !ok {
+		return fmt.Errorf("there are no selectors of the type %q; known are %s", typ, strings.Join(KnownTypes(), ", "))
+	}
+	form, ok := keys[key]
+	switch {
+	case !ok:
+		return fmt.Errorf("%s has no %q, but %s", typ, key, strings.Join(slices.Sorted(maps.Keys(keys)), ", "))
+	case name != "" && !form.hasColon(name):
+		return fmt.Errorf("the value of %s:%s never begins with %q: it is %s", typ, key, name+":", form.must)
+	}
+	return nil
+}
+
+// hasColon reports whether a value may begin with the name and a colon.
+func (f form) hasColon(name string) bool {
+	if f.must == formDigest.must {
+		return name == "sha256"
+	}
+	return !slices.Contains([]string{
+		formID.must, formName.must, formSHA256.must, formTrue.must, formExec.must, formEnv.must, formLongID.must, formRuntime.must,
+	}, f.must)
+}
+
 func isID(s string) bool {
 	n, err := strconv.ParseUint(s, 10, 32)
 	return err == nil && s == strconv.FormatUint(n, 10) // as the attestor writes it: no leading zero

@@ -66,6 +66,27 @@ func TestCheckSelectorSaysWhatItExpected(t *testing.T) {
 	}
 }
 
+func TestCheckPrefixSaysWhatHasNoValue(t *testing.T) {
+	for _, c := range []struct{ typ, key, name, want string }{
+		{"unix", "user", "", ""},
+		{"docker", "label", "com.example.role", ""},
+		{"docker", "label", "", ""},
+		{"k8s", "pod-owner", "ReplicaSet", ""},
+		{"image", "digest", "sha256", ""},
+		{"image", "repository", "127.0.0.1", ""}, // and a port
+		{"nope", "x", "", `no selectors of the type "nope"; known are cgroup`},
+		{"unix", "nope", "", `unix has no "nope", but gid, group`},
+		{"unix", "user", "alice", `never begins with "alice:": it is a name`},
+		{"docker", "env", "TEAM", `never begins with "TEAM:": it is NAME=VALUE`},
+		{"image", "digest", "md5", `never begins with "md5:"`},
+	} {
+		err := CheckPrefix(c.typ, c.key, c.name)
+		if c.want == "" && err != nil || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)) {
+			t.Errorf("%s.%s:%s: got %v, want %q", c.typ, c.key, c.name, err, c.want)
+		}
+	}
+}
+
 func TestKnownTypesAreSorted(t *testing.T) {
 	if got := KnownTypes(); !slices.IsSorted(got) || !slices.Contains(got, "unix") {
 		t.Errorf("got %v", got)

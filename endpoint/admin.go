@@ -169,8 +169,12 @@ func (a *admin) AttestProcess(ctx context.Context, in *adminv1.AttestProcessRequ
 	for _, u := range ev.Unknown {
 		out.Unknown = append(out.Unknown, &adminv1.Unknown{Prefixes: u.Prefixes, Reason: u.Err.Error()})
 	}
-	for _, e := range uniqueHints(set.Match(ev).Entries) {
+	m := set.Match(ev)
+	for _, e := range uniqueHints(m.Entries) {
 		out.SpiffeIds = append(out.SpiffeIds, e.SPIFFEID.String())
+	}
+	for _, u := range m.Unfilled {
+		out.Unfilled = append(out.Unfilled, &adminv1.Unfilled{EntryId: u.ID, Path: u.Path, Reason: u.Reason})
 	}
 	return out, nil
 }
@@ -243,7 +247,16 @@ func (a *admin) read(in *adminv1.Entry) (registry.Entry, error) {
 		return e, err
 	}
 	applyOurs(&e, in)
-	return e, nil
+	return e, hopeless(e)
+}
+
+// hopeless refuses an entry that no process could ever match, though the types
+// of its selectors are ours: it is misspelt.
+func hopeless(e registry.Entry) error {
+	if f := registry.Hopeless(e, false); len(f) > 0 {
+		return f
+	}
+	return nil
 }
 
 func (a *admin) UpdateEntry(ctx context.Context, in *adminv1.UpdateEntryRequest) (*adminv1.UpdateEntryResponse, error) {

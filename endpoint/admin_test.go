@@ -83,6 +83,11 @@ func TestBatchCreateEntrySaysOfEachWhatIsWrong(t *testing.T) {
 		{"selector without value", spire(func(e *types.Entry) { e.Selectors = selectors("unix") }), codes.InvalidArgument},
 		{"type with a colon", spire(func(e *types.Entry) { e.Selectors[0].Type = "a:b" }), codes.InvalidArgument},
 		{"unknown type", spire(func(e *types.Entry) { e.SpiffeId, e.Selectors = id("/future"), selectors("quantum:spin:up") }), codes.OK},
+		{"unknown type in the path", spire(func(e *types.Entry) { e.SpiffeId = id("/{{quantum.spin}}") }), codes.OK},
+		{"key that our type lacks", spire(func(e *types.Entry) { e.Selectors = selectors("unix:uidd:0") }), codes.InvalidArgument},
+		{"value that our key never has", spire(func(e *types.Entry) { e.Selectors = selectors("unix:uid:abc") }), codes.InvalidArgument},
+		{"key that our type lacks in the path", spire(func(e *types.Entry) { e.SpiffeId = id("/{{unix.nope}}") }), codes.InvalidArgument},
+		{"pod as a delegate describes it", spire(func(e *types.Entry) { e.SpiffeId, e.Selectors = id("/pod"), selectors("k8s:container-name:web") }), codes.OK},
 		{"admin", spire(func(e *types.Entry) { e.Admin = true }), codes.InvalidArgument},
 		{"downstream", spire(func(e *types.Entry) { e.Downstream = true }), codes.InvalidArgument},
 		{"store SVID", spire(func(e *types.Entry) { e.StoreSvid = true }), codes.InvalidArgument},
@@ -677,6 +682,10 @@ func TestRegisteredCommandTakesItsEntryWithIt(t *testing.T) {
 func TestAttestProcess(t *testing.T) {
 	w := start(t)
 	w.entry("/a", nil, mine)
+	named, err := w.Registry.Create(context.Background(), registry.Entry{Path: "/{{unix.user}}", Selectors: []attestor.Selector{mine}})
+	if err != nil {
+		t.Fatal(err)
+	}
 	w.evidence.set(func(ev *attestor.Evidence) {
 		ev.Unknown = []attestor.Unknown{{Prefixes: []string{"docker:"}, Err: errors.New("engine does not answer")}}
 	})
@@ -688,6 +697,7 @@ func TestAttestProcess(t *testing.T) {
 	want := &adminv1.AttestProcessResponse{
 		Selectors: selectors("unix:uid:1"), SpiffeIds: []string{"spiffe://test.example/a"},
 		Unknown: []*adminv1.Unknown{{Prefixes: []string{"docker:"}, Reason: "engine does not answer"}},
+		Unfilled: []*adminv1.Unfilled{{EntryId: named.ID, Path: "/{{unix.user}}", Reason: "the process has no value for {{unix.user}}"}},
 	}
 	if diff := cmp.Diff(want, r, protocmp.Transform(), cmpopts.EquateEmpty()); diff != "" {
 		t.Errorf("answer differs (-want +got):\n%s", diff)

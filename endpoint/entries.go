@@ -86,6 +86,9 @@ func (a *entries) create(ctx context.Context, in *types.Entry) (registry.Entry, 
 	if err := applySPIRE(&e, in, nil, a.s.TrustDomain); err != nil {
 		return registry.Entry{}, err
 	}
+	if err := hopeless(e); err != nil {
+		return registry.Entry{}, err
+	}
 	if err := a.federated(&e); err != nil {
 		return registry.Entry{}, err
 	}
@@ -116,6 +119,11 @@ func (a *entries) BatchUpdateEntry(ctx context.Context, in *entryv1.BatchUpdateE
 		e, err := a.s.Registry.Update(ctx, one.GetId(), func(e *registry.Entry) error {
 			if err := applySPIRE(e, one, in.InputMask, a.s.TrustDomain); err != nil {
 				return err
+			}
+			if m := in.InputMask; m == nil || m.Selectors || m.SpiffeId {
+				if err := hopeless(*e); err != nil {
+					return err
+				}
 			}
 			if in.InputMask == nil || in.InputMask.FederatesWith {
 				return a.federated(e)

@@ -135,19 +135,33 @@ func (s *Server) note(l *link, method string, err error) {
 // logDenial writes one line, rarely enough that a client that asks in a loop
 // does not fill the log.
 func (s *Server) logDenial(l *link, method string, err error) {
-	s.logRarely(l, hclog.Info, "workload denied", "method", method, "pid", l.Process().PID(), "uid", l.uid, "reason", err)
+	said := s.logRarely(l, hclog.Info, "workload denied", "method", method, "pid", l.Process().PID(), "uid", l.uid, "reason", err)
+	if v := l.session.view.Load(); said && v != nil && errors.Is(err, errNoIdentity) {
+		s.logUnfilled(v, "pid", l.Process().PID())
+	}
 }
 
-func (s *Server) logRarely(l *link, level hclog.Level, message string, args ...any) {
+// logUnfilled names entries that the process has all selectors of: which of its
+// values are missing is what a denial is about then.
+func (s *Server) logUnfilled(v *view, args ...any) {
+	const most = 3
+	for _, u := range v.Unfilled[:min(len(v.Unfilled), most)] {
+		s.Log.Debug("entry lacks a value for its path", append(args, "entry", u.ID, "path", u.Path, "reason", u.Reason)...)
+	}
+}
+
+// logRarely reports whether it logged.
+func (s *Server) logRarely(l *link, level hclog.Level, message string, args ...any) bool {
 	a := l.seat.account()
 	if !a.denials.Allow() {
 		a.unsaid.Add(1)
-		return
+		return false
 	}
 	if n := a.unsaid.Swap(0); n > 0 {
 		args = append(args, "unsaid", n)
 	}
 	s.Log.Log(level, message, args...)
+	return true
 }
 
 // logCall is for who looks for what a client does, or whether it comes at all.

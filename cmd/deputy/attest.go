@@ -17,6 +17,14 @@ type attested struct {
 	Unknown   []unknown `json:"unknown"`
 	Traced    bool      `json:"traced"`
 	SPIFFEIDs []string  `json:"spiffe_ids"`
+
+	Unfilled []unfilled `json:"unfilled"`
+}
+
+type unfilled struct {
+	Entry  string `json:"entry"`
+	Path   string `json:"path"`
+	Reason string `json:"reason"`
 }
 
 type unknown struct {
@@ -30,8 +38,8 @@ func newAttest(out *output) *cobra.Command {
 		Use:   "attest PID",
 		Short: "Print the selectors that a process has",
 		Long: `Attests a process as if it had connected and prints its selectors, one a line,
-sorted. What could not be determined, and the SPIFFE IDs that the process is
-entitled to, go to standard error.`,
+sorted. What could not be determined, the SPIFFE IDs that the process is entitled
+to, and entries whose path lacks a value go to standard error.`,
 		Example: "  sudo deputy attest $$",
 		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -47,12 +55,15 @@ entitled to, go to standard error.`,
 			if err != nil {
 				return err
 			}
-			a := attested{PID: int32(pid), Selectors: []string{}, Unknown: []unknown{}, Traced: resp.Traced, SPIFFEIDs: resp.SpiffeIds}
+			a := attested{PID: int32(pid), Selectors: []string{}, Unknown: []unknown{}, Traced: resp.Traced, SPIFFEIDs: resp.SpiffeIds, Unfilled: []unfilled{}}
 			for _, s := range resp.Selectors {
 				a.Selectors = append(a.Selectors, s.Type+":"+s.Value)
 			}
 			for _, u := range resp.Unknown {
 				a.Unknown = append(a.Unknown, unknown{u.Prefixes, u.Reason})
+			}
+			for _, u := range resp.Unfilled {
+				a.Unfilled = append(a.Unfilled, unfilled{u.EntryId, u.Path, u.Reason})
 			}
 			if a.SPIFFEIDs == nil {
 				a.SPIFFEIDs = []string{}
@@ -74,6 +85,9 @@ entitled to, go to standard error.`,
 			}
 			for _, id := range a.SPIFFEIDs {
 				fmt.Fprintf(notes, "entitled to: %s\n", id)
+			}
+			for _, u := range a.Unfilled {
+				fmt.Fprintf(notes, "not by entry %s, %s: it has all of the selectors, but %s\n", u.Entry, plain(u.Path), plain(u.Reason))
 			}
 			return nil
 		},

@@ -5,6 +5,7 @@ import (
 	"fmt"
 
 	"github.com/spf13/cobra"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/deputy-id/deputy/conf"
 )
@@ -25,6 +26,9 @@ succeeds.`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			s, err := load(args[0])
 			if s != nil {
+				// Which bundles were set by hand only the daemon knows.
+				s.warnings = append(s.warnings, s.bundleless(func(spiffeid.TrustDomain) bool { return false })...)
+				s.warnings.Sort()
 				for _, w := range s.warnings {
 					fmt.Fprintf(cmd.ErrOrStderr(), "%s:%d:%d: warning: %s\n", w.Range.Filename, w.Range.Start.Line, w.Range.Start.Column, w.Reason)
 				}

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 
 	"github.com/hashicorp/go-hclog"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/deputy-id/deputy/attestor"
@@ -35,6 +36,13 @@ type daemon struct {
 	book     *claims.Rulebook
 	follower *federation.Follower
 	server   *endpoint.Server
+	here     func(spiffeid.TrustDomain) bool // whether there is a bundle
+}
+
+func (d *daemon) warn(doubtful conf.Problems) {
+	for _, w := range doubtful {
+		d.log.Warn("doubtful configuration", "at", position(w), "reason", w.Reason)
+	}
 }
 
 // run serves until the context ends. What it opens it closes, the last first.
@@ -46,9 +54,7 @@ func (d *daemon) run(ctx context.Context) (err error) {
 		}
 	}()
 	c := d.settings.Config
-	for _, w := range d.settings.warnings {
-		d.log.Warn("doubtful configuration", "at", position(w), "reason", w.Reason)
-	}
+	d.warn(d.settings.warnings)
 	if d.reloads.blind != nil {
 		d.log.Warn("configuration file is not watched, only SIGHUP reloads it", "error", d.reloads.blind)
 	}
@@ -79,6 +85,12 @@ func (d *daemon) run(ctx context.Context) (err error) {
 		return upstreamProblem(c, err)
 	}
 	opened = append(opened, authority.Close)
+	d.here = func(td spiffeid.TrustDomain) bool {
+		all, _ := authority.Bundles()
+		_, ok := all.Of(td)
+		return ok
+	}
+	d.warn(d.settings.bundleless(d.here))
 	if w := authority.Warning(); w != "" {
 		d.log.Warn("development mode", "reason", w)
 	}

@@ -57,6 +57,13 @@ func (s *settings) check(problems conf.Problems) conf.Problems {
 	for i := range s.Entries {
 		e := &s.Entries[i]
 		entry, selectorsFine := s.entry(e, &problems)
+		hopeless := false
+		for _, f := range registry.Hopeless(entry, true) {
+			if f.Field == "path" { // the selectors have been looked at
+				problems.Add(e.At("path"), "%s", f.Reason)
+				hopeless = true
+			}
+		}
 		checked, err := entry.Check(s.TrustDomain.Value)
 		var faults registry.Faults
 		if errors.As(err, &faults) {
@@ -75,7 +82,7 @@ func (s *settings) check(problems conf.Problems) conf.Problems {
 			problems.Add(e.Range, "%s", err)
 			continue
 		}
-		if !selectorsFine {
+		if !selectorsFine || hopeless {
 			continue
 		}
 		weak := registry.Weak(checked)

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"slices"
 
 	"github.com/spf13/cobra"
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
@@ -55,6 +57,7 @@ full ID.`,
 				if err != nil {
 					return err
 				}
+				c.noteBundleless(ctx, cmd.ErrOrStderr(), resp.Entry)
 				return printEntry(out, resp.Entry)
 			})
 		},
@@ -150,6 +153,7 @@ replaces all of its values; with an empty value it removes them.`,
 				if err != nil {
 					return err
 				}
+				c.noteBundleless(ctx, cmd.ErrOrStderr(), resp.Entry)
 				return printEntry(out, resp.Entry)
 			})
 		},
@@ -202,14 +206,36 @@ is left, or end. SVIDs that were handed out live until they expire.`,
 // withAdmin makes calls to the admin service.
 func (e *endpoints) withAdmin(ctx context.Context, call func(context.Context, adminClient) error) error {
 	return e.within(ctx, e.operator, func(ctx context.Context, c *client) error {
-		return call(ctx, adminClient{adminv1.NewAdminClient(c), bundlev1.NewBundleClient(c)})
+		return call(ctx, adminClient{adminv1.NewAdminClient(c), bundlev1.NewBundleClient(c), adminv1.NewFederationClient(c)})
 	})
 }
 
 // An adminClient calls the admin service, and knows the daemon's trust domain.
 type adminClient struct {
 	adminv1.AdminClient
-	bundles bundlev1.BundleClient
+	bundles    bundlev1.BundleClient
+	federation adminv1.FederationClient
+}
+
+// noteBundleless warns of an entry that federates with a trust domain whose
+// bundle nobody brings. It is taken all the same: the bundle may come later.
+func (c adminClient) noteBundleless(ctx context.Context, notes io.Writer, entry *adminv1.Entry) {
+	if len(entry.Entry.FederatesWith) == 0 {
+		return
+	}
+	all, err := c.federation.ListRelationships(ctx, &adminv1.ListRelationshipsRequest{})
+	if err != nil {
+		return // the entry is there, which is what was asked for
+	}
+	for _, name := range entry.Entry.FederatesWith {
+		if slices.ContainsFunc(all.Relationships, func(r *adminv1.Relationship) bool { return r.Relationship.TrustDomain == name }) {
+			continue
+		}
+		_, err := c.bundles.GetFederatedBundle(ctx, &bundlev1.GetFederatedBundleRequest{TrustDomain: name, OutputMask: &types.BundleMask{}})
+		if code(err) == codes.NotFound {
+			fmt.Fprintf(notes, "deputy: warning: nothing brings the bundle of %s: the daemon does not follow it, so it must be set by hand (deputy bundle set %[1]s)\n", name)
+		}
+	}
 }
 
 // complete makes a path an ID of the daemon's own trust domain.

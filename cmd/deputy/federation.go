@@ -6,11 +6,13 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"slices"
 	"text/tabwriter"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/spf13/cobra"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
 	trustdomainv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/trustdomain/v1"
 
@@ -50,6 +52,22 @@ func (s *settings) readFederation() (problems conf.Problems) {
 		s.relationships = append(s.relationships, r)
 	}
 	return problems
+}
+
+// bundleless warns of entries that federate with a trust domain whose bundle
+// nobody brings: no block follows it, and it is not here by hand.
+func (s *settings) bundleless(here func(spiffeid.TrustDomain) bool) (warnings conf.Problems) {
+	for _, e := range s.Entries {
+		for _, td := range e.FederatesWith {
+			followed := s.Federation != nil && slices.ContainsFunc(s.Federation.FederatesWith, func(w conf.FederatesWith) bool {
+				return w.TrustDomain.Value == td.Value
+			})
+			if !followed && !here(td.Value) {
+				warnings.Add(td.Range, "nothing brings the bundle of %s: federation has no block for it, so it must be set by hand (deputy bundle set %[1]s)", td.Value.Name())
+			}
+		}
+	}
+	return warnings
 }
 
 // readBootstrap reads the file that says whom to trust at first: whoever may

@@ -142,9 +142,8 @@ func (d *daemon) reload() {
 		d.log.Error("configuration is not reloaded, the last good one stays", "error", err)
 		return
 	}
-	for _, w := range next.warnings {
-		d.log.Warn("doubtful configuration", "at", position(w), "reason", w.Reason)
-	}
+	d.warn(next.warnings)
+	d.warn(next.bundleless(d.here))
 	if was, is := d.settings.TrustDomain.Value, next.TrustDomain.Value; was != is {
 		// Its entries would be another trust domain's.
 		d.log.Error("configuration is not reloaded: another trust domain needs a restart", "trust_domain", was.Name(), "file", is.Name())

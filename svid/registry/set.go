@@ -41,6 +41,8 @@ type Match struct {
 	Entries []Entry  // rendered, in the order in which SVIDs are served: of the file, then by CreatedAt, then by ID
 	Traced  bool     // some entry was left out because the process is traced
 	Unknown []string // prefixes of unknown selectors but for which more entries might match
+
+	Unfilled []Unfilled // entries that were left out because their path has no value for the process
 }
 
 // NewSet indexes the entries, which must have passed Check or come from a
@@ -248,6 +250,7 @@ func (s *Set) Match(ev *attestor.Evidence) Match {
 		e, ok := r.render(ev)
 		switch {
 		case !ok:
+			m.Unfilled = append(m.Unfilled, r.unfilled(ev))
 		case ev.Traced && !r.AllowTraced:
 			m.Traced = true
 		default:

@@ -135,7 +135,7 @@ func (x ProfileRequest_Kind) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use ProfileRequest_Kind.Descriptor instead.
 func (ProfileRequest_Kind) EnumDescriptor() ([]byte, []int) {
-	return file_deputy_admin_v1_admin_proto_rawDescGZIP(), []int{12, 0}
+	return file_deputy_admin_v1_admin_proto_rawDescGZIP(), []int{13, 0}
 }
 
 // A registration entry. The extra fields exist for Deputy alone;
@@ -274,7 +274,9 @@ type AttestProcessResponse struct {
 	// A tracer is attached.
 	Traced bool `protobuf:"varint,3,opt,name=traced,proto3" json:"traced,omitempty"`
 	// The SPIFFE IDs that it is entitled to, in serving order.
-	SpiffeIds     []string `protobuf:"bytes,4,rep,name=spiffe_ids,json=spiffeIds,proto3" json:"spiffe_ids,omitempty"`
+	SpiffeIds []string `protobuf:"bytes,4,rep,name=spiffe_ids,json=spiffeIds,proto3" json:"spiffe_ids,omitempty"`
+	// Entries all of whose selectors it has, and which still give it nothing.
+	Unfilled      []*Unfilled `protobuf:"bytes,5,rep,name=unfilled,proto3" json:"unfilled,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -337,6 +339,77 @@ func (x *AttestProcessResponse) GetSpiffeIds() []string {
 	return nil
 }
 
+func (x *AttestProcessResponse) GetUnfilled() []*Unfilled {
+	if x != nil {
+		return x.Unfilled
+	}
+	return nil
+}
+
+// An entry whose path has a place for which the process has no value, or more
+// than one.
+type Unfilled struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	EntryId string                 `protobuf:"bytes,1,opt,name=entry_id,json=entryId,proto3" json:"entry_id,omitempty"`
+	// Of the SPIFFE ID, with its places.
+	Path string `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`
+	// For a person.
+	Reason        string `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Unfilled) Reset() {
+	*x = Unfilled{}
+	mi := &file_deputy_admin_v1_admin_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Unfilled) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Unfilled) ProtoMessage() {}
+
+func (x *Unfilled) ProtoReflect() protoreflect.Message {
+	mi := &file_deputy_admin_v1_admin_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Unfilled.ProtoReflect.Descriptor instead.
+func (*Unfilled) Descriptor() ([]byte, []int) {
+	return file_deputy_admin_v1_admin_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *Unfilled) GetEntryId() string {
+	if x != nil {
+		return x.EntryId
+	}
+	return ""
+}
+
+func (x *Unfilled) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *Unfilled) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
 // Selectors of which it is not known whether the process has them.
 type Unknown struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -350,7 +423,7 @@ type Unknown struct {
 
 func (x *Unknown) Reset() {
 	*x = Unknown{}
-	mi := &file_deputy_admin_v1_admin_proto_msgTypes[3]
+	mi := &file_deputy_admin_v1_admin_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -362,7 +435,7 @@ func (x *Unknown) String() string {
 func (*Unknown) ProtoMessage() {}
 
 func (x *Unknown) ProtoReflect() protoreflect.Message {
-	mi := &file_deputy_admin_v1_admin_proto_msgTypes[3]
+	mi := &file_deputy_admin_v1_admin_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -375,7 +448,7 @@ func (x *Unknown) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Unknown.ProtoReflect.Descriptor instead.
 func (*Unknown) Descriptor() ([]byte, []int) {
-	return file_deputy_admin_v1_admin_proto_rawDescGZIP(), []int{3}
+	return file_deputy_admin_v1_admin_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Unknown) GetPrefixes() []string {
@@ -406,7 +479,7 @@ type RegisterExecRequest struct {
 
 func (x *RegisterExecRequest) Reset() {
 	*x = RegisterExecRequest{}
-	mi := &file_deputy_admin_v1_admin_proto_msgTypes[4]
+	mi := &file_deputy_admin_v1_admin_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -418,7 +491,7 @@ func (x *RegisterExecRequest) String() string {
 func (*RegisterExecRequest) ProtoMessage() {}
 
 func (x *RegisterExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_deputy_admin_v1_admin_proto_msgTypes[4]
+	mi := &file_deputy_admin_v1_admin_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -431,7 +504,7 @@ func (x *RegisterExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterExecRequest.ProtoReflect.Descriptor instead.
 func (*RegisterExecRequest) Descriptor() ([]byte, []int) {
-	return file_deputy_admin_v1_admin_proto_rawDescGZIP(), []int{4}
+	return file_deputy_admin_v1_admin_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *RegisterExecRequest) GetPid() int32 {
@@ -465,7 +538,7 @@ type RegisterExecResponse struct {
 
 func (x *RegisterExecResponse) Reset() {
 	*x = RegisterExecResponse{}
-	mi := &file_deputy_admin_v1_admin_proto_msgTypes[5]
+	mi := &file_deputy_admin_v1_admin_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -477,7 +550,7 @@ func (x *RegisterExecResponse) String() string {
 func (*RegisterExecResponse) ProtoMessage() {}
 
 func (x *RegisterExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_deputy_admin_v1_admin_proto_msgTypes[5]
+	mi := &file_deputy_admin_v1_admin_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -490,7 +563,7 @@ func (x *RegisterExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterExecResponse.ProtoReflect.Descriptor instead.
 func (*RegisterExecResponse) Descriptor() ([]byte, []int) {
-	return file_deputy_admin_v1_admin_proto_rawDescGZIP(), []int{5}
+	return file_deputy_admin_v1_admin_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *RegisterExecResponse) GetEntryId() string {
@@ -514,7 +587,7 @@ type ListEntriesRequest struct {
 
 func (x *ListEntriesRequest) Reset() {
 	*x = ListEntriesRequest{}
-	mi := &file_deputy_admin_v1_admin_proto_msgTypes[6]
+	mi := &file_deputy_admin_v1_admin_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -526,7 +599,7 @@ func (x *ListEntriesRequest) String() string {
 func (*ListEntriesRequest) ProtoMessage() {}
 
 func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_deputy_admin_v1_admin_proto_msgTypes[6]
+	mi := &file_deputy_admin_v1_admin_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -539,7 +612,7 @@ func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ListEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_deputy_admin_v1_admin_proto_rawDescGZIP(), []int{6}
+	return file_deputy_admin_v1_admin_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *ListEntriesRequest) GetSelectors() []*types.Selector {
@@ -573,7 +646,7 @@ type ListEntriesResponse struct {
 
 func (x *ListEntriesResponse) Reset() {
 	*x = ListEntriesResponse{}
-	mi := &file_deputy_admin_v1_admin_proto_msgTypes[7]
+	mi := &file_deputy_admin_v1_admin_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -585,7 +658,7 @@ func (x *ListEntriesResponse) String() string {
 func (*ListEntriesResponse) ProtoMessage() {}
 
 func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_deputy_admin_v1_admin_proto_msgTypes[7]
+	mi := &file_deputy_admin_v1_admin_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -598,7 +671,7 @@ func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ListEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_deputy_admin_v1_admin_proto_rawDescGZIP(), []int{7}
+	return file_deputy_admin_v1_admin_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *ListEntriesResponse) GetEntries() []*Entry {
@@ -618,7 +691,7 @@ type CreateEntryRequest struct {
 
 func (x *CreateEntryRequest) Reset() {
 	*x = CreateEntryRequest{}
-	mi := &file_deputy_admin_v1_admin_proto_msgTypes[8]
+	mi := &file_deputy_admin_v1_admin_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -630,7 +703,7 @@ func (x *CreateEntryRequest) String() string {
 func (*CreateEntryRequest) ProtoMessage() {}
 
 func (x *CreateEntryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_deputy_admin_v1_admin_proto_msgTypes[8]
+	mi := &file_deputy_admin_v1_admin_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -643,7 +716,7 @@ func (x *CreateEntryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateEntryRequest.ProtoReflect.Descriptor instead.
 func (*CreateEntryRequest) Descriptor() ([]byte, []int) {
-	return file_deputy_admin_v1_admin_proto_rawDescGZIP(), []int{8}
+	return file_deputy_admin_v1_admin_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *CreateEntryRequest) GetEntry() *Entry {
@@ -662,7 +735,7 @@ type CreateEntryResponse struct {
 
 func (x *CreateEntryResponse) Reset() {
 	*x = CreateEntryResponse{}
-	mi := &file_deputy_admin_v1_admin_proto_msgTypes[9]
+	mi := &file_deputy_admin_v1_admin_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -674,7 +747,7 @@ func (x *CreateEntryResponse) String() string {
 func (*CreateEntryResponse) ProtoMessage() {}
 
 func (x *CreateEntryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_deputy_admin_v1_admin_proto_msgTypes[9]
+	mi := &file_deputy_admin_v1_admin_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -687,7 +760,7 @@ func (x *CreateEntryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateEntryResponse.ProtoReflect.Descriptor instead.
 func (*CreateEntryResponse) Descriptor() ([]byte, []int) {
-	return file_deputy_admin_v1_admin_proto_rawDescGZIP(), []int{9}
+	return file_deputy_admin_v1_admin_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *CreateEntryResponse) GetEntry() *Entry {
@@ -707,7 +780,7 @@ type UpdateEntryRequest struct {
 
 func (x *UpdateEntryRequest) Reset() {
 	*x = UpdateEntryRequest{}
-	mi := &file_deputy_admin_v1_admin_proto_msgTypes[10]
+	mi := &file_deputy_admin_v1_admin_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -719,7 +792,7 @@ func (x *UpdateEntryRequest) String() string {
 func (*UpdateEntryRequest) ProtoMessage() {}
 
 func (x *UpdateEntryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_deputy_admin_v1_admin_proto_msgTypes[10]
+	mi := &file_deputy_admin_v1_admin_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -732,7 +805,7 @@ func (x *UpdateEntryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateEntryRequest.ProtoReflect.Descriptor instead.
 func (*UpdateEntryRequest) Descriptor() ([]byte, []int) {
-	return file_deputy_admin_v1_admin_proto_rawDescGZIP(), []int{10}
+	return file_deputy_admin_v1_admin_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *UpdateEntryRequest) GetEntry() *Entry {
@@ -751,7 +824,7 @@ type UpdateEntryResponse struct {
 
 func (x *UpdateEntryResponse) Reset() {
 	*x = UpdateEntryResponse{}
-	mi := &file_deputy_admin_v1_admin_proto_msgTypes[11]
+	mi := &file_deputy_admin_v1_admin_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -763,7 +836,7 @@ func (x *UpdateEntryResponse) String() string {
 func (*UpdateEntryResponse) ProtoMessage() {}
 
 func (x *UpdateEntryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_deputy_admin_v1_admin_proto_msgTypes[11]
+	mi := &file_deputy_admin_v1_admin_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -776,7 +849,7 @@ func (x *UpdateEntryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateEntryResponse.ProtoReflect.Descriptor instead.
 func (*UpdateEntryResponse) Descriptor() ([]byte, []int) {
-	return file_deputy_admin_v1_admin_proto_rawDescGZIP(), []int{11}
+	return file_deputy_admin_v1_admin_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *UpdateEntryResponse) GetEntry() *Entry {
@@ -797,7 +870,7 @@ type ProfileRequest struct {
 
 func (x *ProfileRequest) Reset() {
 	*x = ProfileRequest{}
-	mi := &file_deputy_admin_v1_admin_proto_msgTypes[12]
+	mi := &file_deputy_admin_v1_admin_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -809,7 +882,7 @@ func (x *ProfileRequest) String() string {
 func (*ProfileRequest) ProtoMessage() {}
 
 func (x *ProfileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_deputy_admin_v1_admin_proto_msgTypes[12]
+	mi := &file_deputy_admin_v1_admin_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -822,7 +895,7 @@ func (x *ProfileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProfileRequest.ProtoReflect.Descriptor instead.
 func (*ProfileRequest) Descriptor() ([]byte, []int) {
-	return file_deputy_admin_v1_admin_proto_rawDescGZIP(), []int{12}
+	return file_deputy_admin_v1_admin_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ProfileRequest) GetKind() ProfileRequest_Kind {
@@ -848,7 +921,7 @@ type ProfileResponse struct {
 
 func (x *ProfileResponse) Reset() {
 	*x = ProfileResponse{}
-	mi := &file_deputy_admin_v1_admin_proto_msgTypes[13]
+	mi := &file_deputy_admin_v1_admin_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -860,7 +933,7 @@ func (x *ProfileResponse) String() string {
 func (*ProfileResponse) ProtoMessage() {}
 
 func (x *ProfileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_deputy_admin_v1_admin_proto_msgTypes[13]
+	mi := &file_deputy_admin_v1_admin_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -873,7 +946,7 @@ func (x *ProfileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProfileResponse.ProtoReflect.Descriptor instead.
 func (*ProfileResponse) Descriptor() ([]byte, []int) {
-	return file_deputy_admin_v1_admin_proto_rawDescGZIP(), []int{13}
+	return file_deputy_admin_v1_admin_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ProfileResponse) GetChunk() []byte {
@@ -895,13 +968,18 @@ const file_deputy_admin_v1_admin_proto_rawDesc = "" +
 	"\fallow_traced\x18\x04 \x01(\bR\vallowTraced\x12/\n" +
 	"\x06origin\x18\x05 \x01(\x0e2\x17.deputy.admin.v1.OriginR\x06origin\"(\n" +
 	"\x14AttestProcessRequest\x12\x10\n" +
-	"\x03pid\x18\x01 \x01(\x05R\x03pid\"\xbb\x01\n" +
+	"\x03pid\x18\x01 \x01(\x05R\x03pid\"\xf2\x01\n" +
 	"\x15AttestProcessResponse\x127\n" +
 	"\tselectors\x18\x01 \x03(\v2\x19.spire.api.types.SelectorR\tselectors\x122\n" +
 	"\aunknown\x18\x02 \x03(\v2\x18.deputy.admin.v1.UnknownR\aunknown\x12\x16\n" +
 	"\x06traced\x18\x03 \x01(\bR\x06traced\x12\x1d\n" +
 	"\n" +
-	"spiffe_ids\x18\x04 \x03(\tR\tspiffeIds\"=\n" +
+	"spiffe_ids\x18\x04 \x03(\tR\tspiffeIds\x125\n" +
+	"\bunfilled\x18\x05 \x03(\v2\x19.deputy.admin.v1.UnfilledR\bunfilled\"Q\n" +
+	"\bUnfilled\x12\x19\n" +
+	"\bentry_id\x18\x01 \x01(\tR\aentryId\x12\x12\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path\x12\x16\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\"=\n" +
 	"\aUnknown\x12\x1a\n" +
 	"\bprefixes\x18\x01 \x03(\tR\bprefixes\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\"i\n" +
@@ -966,57 +1044,59 @@ func file_deputy_admin_v1_admin_proto_rawDescGZIP() []byte {
 }
 
 var file_deputy_admin_v1_admin_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_deputy_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
+var file_deputy_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
 var file_deputy_admin_v1_admin_proto_goTypes = []any{
 	(Origin)(0),                   // 0: deputy.admin.v1.Origin
 	(ProfileRequest_Kind)(0),      // 1: deputy.admin.v1.ProfileRequest.Kind
 	(*Entry)(nil),                 // 2: deputy.admin.v1.Entry
 	(*AttestProcessRequest)(nil),  // 3: deputy.admin.v1.AttestProcessRequest
 	(*AttestProcessResponse)(nil), // 4: deputy.admin.v1.AttestProcessResponse
-	(*Unknown)(nil),               // 5: deputy.admin.v1.Unknown
-	(*RegisterExecRequest)(nil),   // 6: deputy.admin.v1.RegisterExecRequest
-	(*RegisterExecResponse)(nil),  // 7: deputy.admin.v1.RegisterExecResponse
-	(*ListEntriesRequest)(nil),    // 8: deputy.admin.v1.ListEntriesRequest
-	(*ListEntriesResponse)(nil),   // 9: deputy.admin.v1.ListEntriesResponse
-	(*CreateEntryRequest)(nil),    // 10: deputy.admin.v1.CreateEntryRequest
-	(*CreateEntryResponse)(nil),   // 11: deputy.admin.v1.CreateEntryResponse
-	(*UpdateEntryRequest)(nil),    // 12: deputy.admin.v1.UpdateEntryRequest
-	(*UpdateEntryResponse)(nil),   // 13: deputy.admin.v1.UpdateEntryResponse
-	(*ProfileRequest)(nil),        // 14: deputy.admin.v1.ProfileRequest
-	(*ProfileResponse)(nil),       // 15: deputy.admin.v1.ProfileResponse
-	(*types.Entry)(nil),           // 16: spire.api.types.Entry
-	(*types.Selector)(nil),        // 17: spire.api.types.Selector
+	(*Unfilled)(nil),              // 5: deputy.admin.v1.Unfilled
+	(*Unknown)(nil),               // 6: deputy.admin.v1.Unknown
+	(*RegisterExecRequest)(nil),   // 7: deputy.admin.v1.RegisterExecRequest
+	(*RegisterExecResponse)(nil),  // 8: deputy.admin.v1.RegisterExecResponse
+	(*ListEntriesRequest)(nil),    // 9: deputy.admin.v1.ListEntriesRequest
+	(*ListEntriesResponse)(nil),   // 10: deputy.admin.v1.ListEntriesResponse
+	(*CreateEntryRequest)(nil),    // 11: deputy.admin.v1.CreateEntryRequest
+	(*CreateEntryResponse)(nil),   // 12: deputy.admin.v1.CreateEntryResponse
+	(*UpdateEntryRequest)(nil),    // 13: deputy.admin.v1.UpdateEntryRequest
+	(*UpdateEntryResponse)(nil),   // 14: deputy.admin.v1.UpdateEntryResponse
+	(*ProfileRequest)(nil),        // 15: deputy.admin.v1.ProfileRequest
+	(*ProfileResponse)(nil),       // 16: deputy.admin.v1.ProfileResponse
+	(*types.Entry)(nil),           // 17: spire.api.types.Entry
+	(*types.Selector)(nil),        // 18: spire.api.types.Selector
 }
 var file_deputy_admin_v1_admin_proto_depIdxs = []int32{
-	16, // 0: deputy.admin.v1.Entry.entry:type_name -> spire.api.types.Entry
+	17, // 0: deputy.admin.v1.Entry.entry:type_name -> spire.api.types.Entry
 	0,  // 1: deputy.admin.v1.Entry.origin:type_name -> deputy.admin.v1.Origin
-	17, // 2: deputy.admin.v1.AttestProcessResponse.selectors:type_name -> spire.api.types.Selector
-	5,  // 3: deputy.admin.v1.AttestProcessResponse.unknown:type_name -> deputy.admin.v1.Unknown
-	2,  // 4: deputy.admin.v1.RegisterExecRequest.entry:type_name -> deputy.admin.v1.Entry
-	17, // 5: deputy.admin.v1.ListEntriesRequest.selectors:type_name -> spire.api.types.Selector
-	2,  // 6: deputy.admin.v1.ListEntriesResponse.entries:type_name -> deputy.admin.v1.Entry
-	2,  // 7: deputy.admin.v1.CreateEntryRequest.entry:type_name -> deputy.admin.v1.Entry
-	2,  // 8: deputy.admin.v1.CreateEntryResponse.entry:type_name -> deputy.admin.v1.Entry
-	2,  // 9: deputy.admin.v1.UpdateEntryRequest.entry:type_name -> deputy.admin.v1.Entry
-	2,  // 10: deputy.admin.v1.UpdateEntryResponse.entry:type_name -> deputy.admin.v1.Entry
-	1,  // 11: deputy.admin.v1.ProfileRequest.kind:type_name -> deputy.admin.v1.ProfileRequest.Kind
-	3,  // 12: deputy.admin.v1.Admin.AttestProcess:input_type -> deputy.admin.v1.AttestProcessRequest
-	6,  // 13: deputy.admin.v1.Admin.RegisterExec:input_type -> deputy.admin.v1.RegisterExecRequest
-	8,  // 14: deputy.admin.v1.Admin.ListEntries:input_type -> deputy.admin.v1.ListEntriesRequest
-	10, // 15: deputy.admin.v1.Admin.CreateEntry:input_type -> deputy.admin.v1.CreateEntryRequest
-	12, // 16: deputy.admin.v1.Admin.UpdateEntry:input_type -> deputy.admin.v1.UpdateEntryRequest
-	14, // 17: deputy.admin.v1.Admin.Profile:input_type -> deputy.admin.v1.ProfileRequest
-	4,  // 18: deputy.admin.v1.Admin.AttestProcess:output_type -> deputy.admin.v1.AttestProcessResponse
-	7,  // 19: deputy.admin.v1.Admin.RegisterExec:output_type -> deputy.admin.v1.RegisterExecResponse
-	9,  // 20: deputy.admin.v1.Admin.ListEntries:output_type -> deputy.admin.v1.ListEntriesResponse
-	11, // 21: deputy.admin.v1.Admin.CreateEntry:output_type -> deputy.admin.v1.CreateEntryResponse
-	13, // 22: deputy.admin.v1.Admin.UpdateEntry:output_type -> deputy.admin.v1.UpdateEntryResponse
-	15, // 23: deputy.admin.v1.Admin.Profile:output_type -> deputy.admin.v1.ProfileResponse
-	18, // [18:24] is the sub-list for method output_type
-	12, // [12:18] is the sub-list for method input_type
-	12, // [12:12] is the sub-list for extension type_name
-	12, // [12:12] is the sub-list for extension extendee
-	0,  // [0:12] is the sub-list for field type_name
+	18, // 2: deputy.admin.v1.AttestProcessResponse.selectors:type_name -> spire.api.types.Selector
+	6,  // 3: deputy.admin.v1.AttestProcessResponse.unknown:type_name -> deputy.admin.v1.Unknown
+	5,  // 4: deputy.admin.v1.AttestProcessResponse.unfilled:type_name -> deputy.admin.v1.Unfilled
+	2,  // 5: deputy.admin.v1.RegisterExecRequest.entry:type_name -> deputy.admin.v1.Entry
+	18, // 6: deputy.admin.v1.ListEntriesRequest.selectors:type_name -> spire.api.types.Selector
+	2,  // 7: deputy.admin.v1.ListEntriesResponse.entries:type_name -> deputy.admin.v1.Entry
+	2,  // 8: deputy.admin.v1.CreateEntryRequest.entry:type_name -> deputy.admin.v1.Entry
+	2,  // 9: deputy.admin.v1.CreateEntryResponse.entry:type_name -> deputy.admin.v1.Entry
+	2,  // 10: deputy.admin.v1.UpdateEntryRequest.entry:type_name -> deputy.admin.v1.Entry
+	2,  // 11: deputy.admin.v1.UpdateEntryResponse.entry:type_name -> deputy.admin.v1.Entry
+	1,  // 12: deputy.admin.v1.ProfileRequest.kind:type_name -> deputy.admin.v1.ProfileRequest.Kind
+	3,  // 13: deputy.admin.v1.Admin.AttestProcess:input_type -> deputy.admin.v1.AttestProcessRequest
+	7,  // 14: deputy.admin.v1.Admin.RegisterExec:input_type -> deputy.admin.v1.RegisterExecRequest
+	9,  // 15: deputy.admin.v1.Admin.ListEntries:input_type -> deputy.admin.v1.ListEntriesRequest
+	11, // 16: deputy.admin.v1.Admin.CreateEntry:input_type -> deputy.admin.v1.CreateEntryRequest
+	13, // 17: deputy.admin.v1.Admin.UpdateEntry:input_type -> deputy.admin.v1.UpdateEntryRequest
+	15, // 18: deputy.admin.v1.Admin.Profile:input_type -> deputy.admin.v1.ProfileRequest
+	4,  // 19: deputy.admin.v1.Admin.AttestProcess:output_type -> deputy.admin.v1.AttestProcessResponse
+	8,  // 20: deputy.admin.v1.Admin.RegisterExec:output_type -> deputy.admin.v1.RegisterExecResponse
+	10, // 21: deputy.admin.v1.Admin.ListEntries:output_type -> deputy.admin.v1.ListEntriesResponse
+	12, // 22: deputy.admin.v1.Admin.CreateEntry:output_type -> deputy.admin.v1.CreateEntryResponse
+	14, // 23: deputy.admin.v1.Admin.UpdateEntry:output_type -> deputy.admin.v1.UpdateEntryResponse
+	16, // 24: deputy.admin.v1.Admin.Profile:output_type -> deputy.admin.v1.ProfileResponse
+	19, // [19:25] is the sub-list for method output_type
+	13, // [13:19] is the sub-list for method input_type
+	13, // [13:13] is the sub-list for extension type_name
+	13, // [13:13] is the sub-list for extension extendee
+	0,  // [0:13] is the sub-list for field type_name
 }
 
 func init() { file_deputy_admin_v1_admin_proto_init() }
@@ -1030,7 +1110,7 @@ func file_deputy_admin_v1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_deputy_admin_v1_admin_proto_rawDesc), len(file_deputy_admin_v1_admin_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   14,
+			NumMessages:   15,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

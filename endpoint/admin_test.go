@@ -696,7 +696,7 @@ func TestAttestProcess(t *testing.T) {
 	}
 	want := &adminv1.AttestProcessResponse{
 		Selectors: selectors("unix:uid:1"), SpiffeIds: []string{"spiffe://test.example/a"},
-		Unknown: []*adminv1.Unknown{{Prefixes: []string{"docker:"}, Reason: "engine does not answer"}},
+		Unknown:  []*adminv1.Unknown{{Prefixes: []string{"docker:"}, Reason: "engine does not answer"}},
 		Unfilled: []*adminv1.Unfilled{{EntryId: named.ID, Path: "/{{unix.user}}", Reason: "the process has no value for {{unix.user}}"}},
 	}
 	if diff := cmp.Diff(want, r, protocmp.Transform(), cmpopts.EquateEmpty()); diff != "" {

@@ -35,7 +35,7 @@ type brokerAPI struct {
 
 func (a *brokerAPI) SubscribeToX509SVID(in *broker.SubscribeToX509SVIDRequest, st broker.API_SubscribeToX509SVIDServer) error {
 	ctx := st.Context()
-	return a.answer(ctx, "SubscribeToX509SVID", func(b *brokerLink) error {
+	return a.answer(ctx, "SubscribeToX509SVID", in.Reference, func(b *brokerLink) error {
 		o, err := a.lend(b, in.Reference)
 		if err != nil {
 			return err
@@ -56,7 +56,7 @@ func (a *brokerAPI) SubscribeToJWTBundles(in *broker.SubscribeToJWTBundlesReques
 
 func (a *brokerAPI) bundles(method string, ref *broker.WorkloadReference, st grpc.ServerStream, pick func(*bundleMessage) encoded) error {
 	ctx := st.Context()
-	return a.answer(ctx, method, func(b *brokerLink) error {
+	return a.answer(ctx, method, ref, func(b *brokerLink) error {
 		o, err := a.lend(b, ref)
 		if err != nil {
 			return err
@@ -68,7 +68,7 @@ func (a *brokerAPI) bundles(method string, ref *broker.WorkloadReference, st grp
 
 func (a *brokerAPI) FetchJWTSVID(ctx context.Context, in *broker.FetchJWTSVIDRequest) (*broker.FetchJWTSVIDResponse, error) {
 	out := &broker.FetchJWTSVIDResponse{}
-	err := a.answer(ctx, "FetchJWTSVID", func(b *brokerLink) error {
+	err := a.answer(ctx, "FetchJWTSVID", in.Reference, func(b *brokerLink) error {
 		if err := checkAudiences(in.Audience); err != nil {
 			return err
 		}
@@ -107,23 +107,41 @@ func (s *Server) admitBroker(ctx context.Context, method string) (*account, erro
 	if b == nil {
 		return nil, errForeign
 	}
-	s.Log.Debug("broker calls", "method", method, "spiffe_id", b.id.String())
+	s.Log.Debug("broker calls", append([]any{"method", short(method)}, b.who()...)...)
 	return b.acct, b.check(ctx)
 }
 
 func denyBroker(ctx context.Context, method string, err error) error {
 	if b := brokerOf(ctx); b != nil {
-		b.note(method, err)
+		b.note(short(method), nil, err)
 	}
 	return brokerStatus(err)
 }
 
 // answer turns the end of a broker's call into a status.
-func (a *brokerAPI) answer(ctx context.Context, method string, serve func(*brokerLink) error) error {
+func (a *brokerAPI) answer(ctx context.Context, method string, ref *broker.WorkloadReference, serve func(*brokerLink) error) error {
 	b := brokerOf(ctx)
 	err := serve(b)
-	b.note(method, err)
+	b.note(method, ref, err)
 	return brokerStatus(err)
+}
+
+// about is what a line of the log says of whom a reference is to.
+func about(ref *broker.WorkloadReference) []any {
+	pid, pod, err := readReference(ref)
+	switch {
+	case err != nil:
+		return nil
+	case pod == nil:
+		return []any{"subject_pid", pid}
+	}
+	var args []any
+	for _, one := range [][2]string{{"subject_namespace", pod.Namespace}, {"subject_pod", pod.Name}, {"subject_uid", pod.UID}} {
+		if one[1] != "" {
+			args = append(args, one[0], legible(one[1]))
+		}
+	}
+	return args
 }
 
 var errBrokerHeader = &fault{errHeader, "header broker.spiffe.io: true is missing"}

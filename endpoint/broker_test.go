@@ -370,6 +370,35 @@ func TestWorkloadWithoutIdentityIsNotEntitled(t *testing.T) {
 	wantEnd(t, st, codes.PermissionDenied, "WORKLOAD_NOT_ENTITLED")
 }
 
+// A denial names who asked and whom it was about; that a stream's workload has
+// ended is none.
+func TestDenialOfABrokerNamesTheWorkload(t *testing.T) {
+	b := startBrokering(t)
+	b.entry("/a", nil, mine)
+	_, stranger := b.sleeperOf(other)
+	p, pid := b.sleeperOf(mine)
+	st := subscribe(t, b.api, toPID(t, pid))
+	brokered(t, st, "/a")
+	p.in.Close()
+	wantEnd(t, st, codes.NotFound, "WORKLOAD_NOT_FOUND")
+
+	wantEnd(t, subscribe(t, b.api, toPID(t, stranger)), codes.PermissionDenied, "WORKLOAD_NOT_ENTITLED")
+	wantEnd(t, subscribe(t, b.api, toPID(t, 1<<30)), codes.NotFound, "WORKLOAD_NOT_FOUND")
+	wantEnd(t, subscribe(t, b.overTCP, toPod(t, "gone", "a48063ad-dca3-4b43-b65f-205129594ef3")), codes.NotFound, "WORKLOAD_NOT_FOUND")
+	who := fmt.Sprintf("broker denied: method=SubscribeToX509SVID spiffe_id=%s ", runtimeID)
+	unix := fmt.Sprintf("%spid=%d uid=%d ", who, os.Getpid(), os.Geteuid())
+	for _, want := range []string{
+		fmt.Sprintf(`%ssubject_pid=%d reason="no identity issued"`, unix, stranger),
+		fmt.Sprintf(`%ssubject_pid=%d reason="the workload is not there"`, unix, 1<<30),
+		who + `subject_namespace=default subject_pod=gone subject_uid=a48063ad-dca3-4b43-b65f-205129594ef3 reason="the workload is not there"`,
+	} {
+		eventually(t, want, func() bool { return strings.Contains(b.log.String(), want) })
+	}
+	if log := b.log.String(); strings.Contains(log, fmt.Sprintf("subject_pid=%d ", pid)) {
+		t.Errorf("the end of a stream's workload is a denial:\n%s", log)
+	}
+}
+
 func TestReferencesThatNameNobody(t *testing.T) {
 	b := startBrokering(t)
 	b.entry("/a", nil, mine)

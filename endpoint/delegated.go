@@ -94,7 +94,7 @@ func (d *delegate) subject(selectors []*types.Selector, pid int32) (subject, err
 }
 
 func (a *delegated) SubscribeToX509SVIDs(in *delegatedv1.SubscribeToX509SVIDsRequest, st delegatedv1.DelegatedIdentity_SubscribeToX509SVIDsServer) error {
-	return a.answer(st.Context(), "SubscribeToX509SVIDs", func(d *delegate) error {
+	return a.answer(st.Context(), "SubscribeToX509SVIDs", in.Pid, func(d *delegate) error {
 		o, err := a.lend(d, in.Selectors, in.Pid)
 		if err != nil {
 			return err
@@ -106,7 +106,7 @@ func (a *delegated) SubscribeToX509SVIDs(in *delegatedv1.SubscribeToX509SVIDsReq
 
 func (a *delegated) FetchJWTSVIDs(ctx context.Context, in *delegatedv1.FetchJWTSVIDsRequest) (*delegatedv1.FetchJWTSVIDsResponse, error) {
 	out := &delegatedv1.FetchJWTSVIDsResponse{}
-	err := a.answer(ctx, "FetchJWTSVIDs", func(d *delegate) error {
+	err := a.answer(ctx, "FetchJWTSVIDs", in.Pid, func(d *delegate) error {
 		if err := checkAudiences(in.Audience); err != nil {
 			return err
 		}
@@ -157,7 +157,7 @@ func (a *delegated) SubscribeToJWTBundles(_ *delegatedv1.SubscribeToJWTBundlesRe
 // that the daemon knows.
 func (a *delegated) bundles(method string, st grpc.ServerStream, encode func([]*svid.Bundle) (encoded, error)) error {
 	ctx := st.Context()
-	return a.answer(ctx, method, func(d *delegate) error {
+	return a.answer(ctx, method, 0, func(d *delegate) error {
 		return a.s.followFor(ctx, st, d.ended(), ending{}, func(*state) (*state, error) {
 			_, entries := a.s.Registry.Set()
 			if err := d.check(ctx); err != nil {
@@ -193,8 +193,9 @@ func (a *delegated) lend(d *delegate, selectors []*types.Selector, pid int32) (*
 	return o, nil
 }
 
-// answer lets a delegate in, and turns the end of its call into a status.
-func (a *delegated) answer(ctx context.Context, method string, serve func(*delegate) error) error {
+// answer lets a delegate in, and turns the end of its call into a status. The
+// PID is that of whom the call is about, 0 for nobody's.
+func (a *delegated) answer(ctx context.Context, method string, pid int32, serve func(*delegate) error) error {
 	d, err := a.s.delegateOf(ctx)
 	if err == nil {
 		err = serve(d)
@@ -202,7 +203,7 @@ func (a *delegated) answer(ctx context.Context, method string, serve func(*deleg
 	if d == nil || err == nil {
 		return delegateStatus(err)
 	}
-	a.s.note(d.l, method, err)
+	a.s.noteDelegate(d.l, method, pid, err)
 	return delegateStatus(err)
 }
 

@@ -287,6 +287,30 @@ func TestPIDThatIsNoWorkload(t *testing.T) {
 	ended(t, w.pid(pid), codes.PermissionDenied)
 }
 
+func TestDenialOfADelegateNamesTheWorkload(t *testing.T) {
+	w := startLending(t)
+	w.entry("/a", nil, mine)
+	p := w.sleeper()
+	w.cast.play(p.Process.Pid, mine)
+	st := w.pid(p.Process.Pid)
+	w.lent(st, "/a")
+	p.in.Close()
+	ended(t, st, codes.NotFound)
+
+	ended(t, w.pid(os.Getpid()), codes.PermissionDenied)
+	ended(t, w.pid(1<<30), codes.NotFound)
+	who := fmt.Sprintf("delegate denied: method=SubscribeToX509SVIDs pid=%d uid=%d ", os.Getpid(), os.Geteuid())
+	for _, want := range []string{
+		fmt.Sprintf(`%ssubject_pid=%d reason="PID is the daemon's own"`, who, os.Getpid()),
+		fmt.Sprintf(`%ssubject_pid=%d reason="the workload is not there"`, who, 1<<30),
+	} {
+		eventually(t, want, func() bool { return strings.Contains(w.log.String(), want) })
+	}
+	if log := w.log.String(); strings.Contains(log, fmt.Sprintf("subject_pid=%d ", p.Process.Pid)) {
+		t.Errorf("the end of a stream's workload is a denial:\n%s", log)
+	}
+}
+
 // kernelThread finds one; its number is low where there are any.
 func kernelThread(t testing.TB) int {
 	t.Helper()

@@ -223,7 +223,7 @@ func TestEachCallIsALineAtDebugAlone(t *testing.T) {
 	w.Log.SetLevel(hclog.Debug)
 	ask()
 	for _, method := range []string{"FetchX509SVID", "FetchJWTSVID"} {
-		line := fmt.Sprintf("workload calls: method=/SpiffeWorkloadAPI/%s pid=%d", method, os.Getpid())
+		line := fmt.Sprintf("workload calls: method=%s pid=%d", method, os.Getpid())
 		if log := w.log.String(); strings.Count(log, line) != 1 {
 			t.Errorf("got log %q, want one line %q", log, line)
 		}

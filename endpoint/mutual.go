@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/exp/proto/spiffe/broker"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"google.golang.org/grpc/codes"
@@ -91,6 +92,7 @@ func (h *brokerShaker) seat(raw net.Conn, b *brokerLink) (from *account, err err
 	b.elsewhere = err != nil || ownErr != nil || theirs != ours
 	seat := h.s.budget.seat(c.Credentials().EUID)
 	b.leave = seat.leave
+	b.proc = c
 	err = seat.move(h.place(c.Process()))
 	return seat.account(), err
 }
@@ -193,7 +195,8 @@ type brokerLink struct {
 	s         *Server
 	id        spiffeid.ID
 	tcp       bool
-	elsewhere bool // its PIDs are not ours
+	proc      *peer.Conn // nil over TCP
+	elsewhere bool       // its PIDs are not ours
 	chain     []*x509.Certificate
 	until     time.Time // the first of the certificates ends
 	acct      *account  // of the broker
@@ -275,18 +278,29 @@ func (b *brokerLink) account() *account { return b.acct }
 
 func (b *brokerLink) ended() ending { return ending{b.over, func() error { return errExpired }} }
 
-// note logs why a call was denied.
-func (b *brokerLink) note(method string, err error) {
-	switch code(err) {
-	case codes.OK, codes.Canceled, codes.InvalidArgument, codes.NotFound:
-	case codes.Internal:
-		b.s.Log.Error("broker could not be served", "method", method, "spiffe_id", b.id.String(), "error", err)
+// who is what a line of the log says of the broker: on a Unix socket the process
+// that connected, too.
+func (b *brokerLink) who() []any {
+	if b.proc == nil {
+		return []any{"spiffe_id", b.id.String()}
+	}
+	return []any{"spiffe_id", b.id.String(), "pid", b.proc.Process().PID(), "uid", b.proc.Credentials().EUID}
+}
+
+// note logs why a call was denied. The reference is to whom it is about, nil if
+// it did not come to that.
+func (b *brokerLink) note(method string, ref *broker.WorkloadReference, err error) {
+	args := append([]any{"method", method}, b.who()...)
+	switch c := code(err); {
+	case c == codes.OK, c == codes.Canceled, c == codes.InvalidArgument, errors.Is(err, errEnded):
+	case c == codes.Internal:
+		b.s.Log.Error("broker could not be served", append(append(args, about(ref)...), "error", err)...)
 	default:
 		if !b.acct.denials.Allow() {
 			b.acct.unsaid.Add(1)
 			return
 		}
-		args := []any{"method", method, "spiffe_id", b.id.String(), "reason", err}
+		args = append(append(args, about(ref)...), "reason", err)
 		if n := b.acct.unsaid.Swap(0); n > 0 {
 			args = append(args, "unsaid", n)
 		}

@@ -45,6 +45,10 @@ type subject interface {
 // errSubject says that whom the caller named is not there, or not any more.
 var errSubject = &fault{errNotFound, "the workload is not there"}
 
+// errEnded is errSubject for a stream that had served it: the way in which they
+// end, and nothing to log.
+var errEnded = &fault{errSubject, errSubject.text}
+
 // A running is a subject that is a process.
 type running struct {
 	s       *Server
@@ -135,7 +139,7 @@ const processPoll = 5 * time.Second
 func (*running) poll() time.Duration { return processPoll }
 
 func (r *running) ended() ending {
-	return ending{r.p.Done(), func() error { return errSubject }}
+	return ending{r.p.Done(), func() error { return errEnded }}
 }
 
 func (r *running) close() {
@@ -242,7 +246,10 @@ func (o *loan) identify(ctx context.Context, anew bool) (*view, *state, error) {
 		return nil, nil, err
 	}
 	ev, err := o.subject.attest(ctx, anew)
-	if err != nil {
+	switch {
+	case errors.Is(err, errSubject) && o.view != nil:
+		return nil, nil, errEnded
+	case err != nil:
 		return nil, nil, err
 	}
 	if v := o.view; v == nil || v.ev != ev || v.set != set {

@@ -3,6 +3,7 @@ package endpoint
 import (
 	"context"
 	"errors"
+	"strings"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -132,6 +133,31 @@ func (s *Server) note(l *link, method string, err error) {
 	}
 }
 
+// noteDelegate is note for a caller that asks for somebody else's SVID.
+func (s *Server) noteDelegate(l *link, method string, subject int32, err error) {
+	args := []any{"method", method, "pid", l.Process().PID(), "uid", l.uid}
+	if subject != 0 {
+		args = append(args, "subject_pid", subject)
+	}
+	switch code(err) {
+	case codes.PermissionDenied, codes.ResourceExhausted:
+	case codes.NotFound:
+		if errors.Is(err, errEnded) {
+			return
+		}
+	case codes.Unavailable:
+		if moved(err) || errors.Is(err, errStopping) {
+			return
+		}
+	case codes.Internal:
+		s.Log.Error("delegate could not be served", append(args, "error", err)...)
+		return
+	default:
+		return
+	}
+	s.logRarely(l, hclog.Info, "delegate denied", append(args, "reason", err)...)
+}
+
 // logDenial writes one line, rarely enough that a client that asks in a loop
 // does not fill the log.
 func (s *Server) logDenial(l *link, method string, err error) {
@@ -164,10 +190,13 @@ func (s *Server) logRarely(l *link, level hclog.Level, message string, args ...a
 	return true
 }
 
+// short is a method without its service, as every line of the log names it.
+func short(method string) string { return method[strings.LastIndexByte(method, '/')+1:] }
+
 // logCall is for who looks for what a client does, or whether it comes at all.
 func (s *Server) logCall(l *link, method string) {
 	if s.Log.IsDebug() {
-		s.Log.Debug("workload calls", "method", method, "pid", l.Process().PID(), "uid", l.uid)
+		s.Log.Debug("workload calls", "method", short(method), "pid", l.Process().PID(), "uid", l.uid)
 	}
 }
 
@@ -183,7 +212,7 @@ func (s *Server) admitPinned(ctx context.Context, method string) (*account, erro
 
 func (s *Server) denyPinned(ctx context.Context, method string, err error) error {
 	if l := linkOf(ctx); l != nil {
-		return s.answer(l, method, err)
+		return s.answer(l, short(method), err)
 	}
 	return workloadStatus(err)
 }

@@ -53,8 +53,9 @@ func secretStream(name string, begin func(talker) talk) grpc.StreamDesc {
 }
 
 func (s *Server) talker(l *link) talker {
-	return talker{s: s, account: l.seat.account(), log: func(message string, args ...any) {
-		s.logRarely(l, hclog.Warn, message, append(args, "pid", l.Process().PID(), "uid", l.uid)...)
+	client := []any{"pid", l.Process().PID(), "uid", l.uid}
+	return talker{s: s, account: l.seat.account(), client: client, log: func(message string, args ...any) {
+		s.logRarely(l, hclog.Warn, message, append(args, client...)...)
 	}}
 }
 
@@ -69,6 +70,7 @@ func (s *Server) fetchSecrets(ctx context.Context, l *link, in *discoveryv3.Disc
 	if err != nil {
 		return nil, err
 	}
+	t.miss(s.secretsOf(l, now), now.doubt)
 	all, _, err := t.pickAll(s.secretsOf(l, now), now.doubt)
 	if err != nil {
 		return nil, err

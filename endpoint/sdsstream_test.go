@@ -86,6 +86,44 @@ func TestSecretIsReplacedByATombstoneAndComesBack(t *testing.T) {
 	}
 }
 
+// To Envoy a name that is misspelt is one that comes later. Who looks for it
+// finds it at debug, once for the same names, and in a line that has an end.
+func TestNamesThatThereAreNotAreALineAtDebug(t *testing.T) {
+	w := start(t)
+	w.entry("/a", nil, mine)
+	const line = "client asks for secrets that there are not"
+	wantNames(t, fetchSecrets(t, w, nil, "defualt"))
+	if log := w.log.String(); strings.Contains(log, line) {
+		t.Errorf("got log %q at info", log)
+	}
+	w.Log.SetLevel(hclog.Debug)
+	before := len(w.log.String())
+	want := func(n int, names string) {
+		t.Helper()
+		log := w.log.String()[before:]
+		if got := strings.Count(log, line); got != n || !strings.Contains(log, names) {
+			t.Errorf("got %d lines, want %d, the last with %s:\n%s", got, n, names, log)
+		}
+	}
+	s := w.sotw("defualt", "ROOTCA", "spiffe://test.example/late")
+	s.recv("ROOTCA")
+	want(1, `names="defualt spiffe://test.example/late" count=2 pid=`)
+	s.ask("defualt", "ROOTCA", "spiffe://test.example/late", "spiffe://test.example/a")
+	s.recv("ROOTCA", "spiffe://test.example/a") // the same are missing
+	late := w.entry("/late", nil, mine)
+	s.recv("ROOTCA", "spiffe://test.example/a", "spiffe://test.example/late")
+	want(2, "names=defualt count=1 pid=")
+	w.delete(late)
+	wantWithdrawn(t, s.recv("ROOTCA", "spiffe://test.example/a", "spiffe://test.example/late")["spiffe://test.example/late"])
+	want(2, "") // it was there
+
+	d := w.delta("default", strings.Repeat("x", 2000))
+	d.recv("default")
+	want(3, strings.Repeat("x", 300)+"... count=1")
+	wantNames(t, fetchSecrets(t, w, nil, "no\nline"))
+	want(4, "names=no?line count=1")
+}
+
 func TestTombstonesAreNobodysKeys(t *testing.T) {
 	g, err := newGraves().dig()
 	if err != nil {

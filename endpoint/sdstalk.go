@@ -2,6 +2,7 @@ package endpoint
 
 import (
 	"cmp"
+	"crypto/sha256"
 	"maps"
 	"slices"
 	"strconv"
@@ -50,16 +51,18 @@ type talker struct {
 	s       *Server
 	account *account
 	log     func(message string, args ...any)
-	plain   bool // the client does not have the SPIFFE validator
+	client  []any // what a line of the log says of it
+	plain   bool  // the client does not have the SPIFFE validator
 	begun   bool
 	sub     subscription
 	has     map[string]mark
-	nonce   uint64 // of the last response; those of this stream count from 1
-	refused uint64 // the last nonce whose refusal was logged
-	unfit   bool   // it was logged that all bundles are not to be had
-	back    bool   // the client brought something
-	brought int    // bytes that the names of what it brought take
-	held    int    // bytes for names that the account was charged with
+	nonce   uint64            // of the last response; those of this stream count from 1
+	refused uint64            // the last nonce whose refusal was logged
+	unfit   bool              // it was logged that all bundles are not to be had
+	missed  [sha256.Size]byte // of the names of which it was logged last that there is nothing under them
+	back    bool              // the client brought something
+	brought int               // bytes that the names of what it brought take
+	held    int               // bytes for names that the account was charged with
 }
 
 func (t *talker) returns() bool { return t.back }
@@ -182,6 +185,33 @@ func (t *talker) pick(now *secrets, name string, doubt bool) (*resource, error) 
 	return nil, nil
 }
 
+// miss logs, at debug, the names asked for under which there is nothing: a name
+// that is misspelt looks to Envoy like one that comes later. It does once for
+// the same names.
+func (t *talker) miss(now *secrets, doubt bool) {
+	if doubt || !t.s.Log.IsDebug() {
+		return
+	}
+	var names []string
+	for _, name := range t.sub.names {
+		if r, err := now.get(name, t.plain); r == nil && err == nil && !t.has[name].given {
+			names = append(names, name)
+		}
+	}
+	sum := [sha256.Size]byte{}
+	if len(names) > 0 {
+		sum = sha256.Sum256([]byte(strings.Join(names, "\x00")))
+	}
+	if sum == t.missed {
+		return
+	}
+	t.missed = sum
+	if len(names) > 0 {
+		t.s.Log.Debug("client asks for secrets that there are not, or not for it",
+			append([]any{"names", legible(strings.Join(names, " ")), "count", len(names)}, t.client...)...)
+	}
+}
+
 // resend has names sent again though they did not change: a client may have
 // forgotten what it did not ask for by this name.
 func (t *talker) resend(names []string) {
@@ -261,6 +291,7 @@ func (t *sotw) heed(in *discoveryv3.DiscoveryRequest) (bool, error) {
 }
 
 func (t *sotw) say(now *secrets, doubt bool) (mem.BufferSlice, error) {
+	t.miss(now, doubt)
 	all, changed, err := t.pickAll(now, doubt)
 	if err != nil || !changed && !t.owed {
 		return nil, err
@@ -379,6 +410,7 @@ func (t *delta) recall(versions map[string]string) error {
 }
 
 func (t *delta) say(now *secrets, doubt bool) (mem.BufferSlice, error) {
+	t.miss(now, doubt)
 	var changed []*resource
 	var removed []string
 	wanted := t.wanted(now)

@@ -86,6 +86,23 @@ func TestSecretIsReplacedByATombstoneAndComesBack(t *testing.T) {
 	}
 }
 
+// The default name is of whichever SVID is the first; an ID is of nobody else.
+func TestDefaultBecomesTheOtherIdentityAndAnIDDoesNot(t *testing.T) {
+	w := start(t)
+	a := w.entry("/a", nil, mine)
+	w.entry("/b", nil, mine)
+	names := []string{"default", "spiffe://test.example/a", "ROOTCA"}
+	s := w.sotw(names...)
+	w.wantSVID(s.recv(names...)["default"], "/a")
+	w.delete(a)
+	got := s.recv(names...)
+	w.wantSVID(got["default"], "/b")
+	wantWithdrawn(t, got["spiffe://test.example/a"])
+	if len(rootsIn(t, got["ROOTCA"])) != 1 {
+		t.Error("the roots went with one of two entries")
+	}
+}
+
 // To Envoy a name that is misspelt is one that comes later. Who looks for it
 // finds it at debug, once for the same names, and in a line that has an end.
 func TestNamesThatThereAreNotAreALineAtDebug(t *testing.T) {

@@ -490,6 +490,47 @@ func refused(t *testing.T, client *envoy) {
 	}
 }
 
+// With the SPIFFE validator only matchers of the type URI count. What the page
+// says of the others: with nothing but those, nobody of the trust domain is
+// refused.
+func TestEnvoysMatchersOfOtherTypes(t *testing.T) {
+	need.Root(t, "deputy exec --name")
+	t.Parallel()
+	m := newMesh(t, start(t, "example.org", ""))
+	m.entry(t, "/mesh/shop", "shop")
+	m.entry(t, "/mesh/web", "web", "--dns-name", "web.example.org")
+	web := m.webEnvoy(t, "web")
+	const (
+		uri   = "- san_type: URI\n                matcher: { exact: \"" + webID + "\" }"
+		dns   = "- san_type: DNS\n                matcher: { exact: \"nowhere.invalid\" }"
+		other = "- san_type: URI\n                matcher: { exact: \"spiffe://example.org/mesh/bank\" }\n" +
+			"              - san_type: DNS\n                matcher: { exact: \"web.example.org\" }"
+	)
+	plain := []string{"cluster: shop }", "cluster: shop, metadata: { disable_spiffe_cert_validation: true } }"}
+	for _, c := range []struct {
+		name    string
+		changes []string
+		comes   bool
+	}{
+		{"another's DNS name alone, with the validator", []string{uri, dns}, true},
+		{"another's DNS name alone, with plain CAs", append([]string{uri, dns}, plain...), false},
+		{"another's ID or the peer's DNS name, with the validator", []string{uri, other}, false},
+		{"another's ID or the peer's DNS name, with plain CAs", append([]string{uri, other}, plain...), true},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			shop := m.shopEnvoy(t, "shop", web, c.changes...)
+			if c.comes {
+				shop.awaitOK(t)
+				return
+			}
+			refused(t, shop)
+			if shop.stat(t, "cluster.web.ssl.fail_verify_san") == 0 {
+				t.Error("the client refused for another reason than the matchers")
+			}
+		})
+	}
+}
+
 // Of either side: new handshakes fail within a second, and with an entry made anew the
 // same process goes on.
 func (m *mesh) testEntries(t *testing.T) {

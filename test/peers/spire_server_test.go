@@ -105,6 +105,7 @@ func TestSpireServerEntryCommands(t *testing.T) {
 		{"an ID that is taken", []string{"-entryID", "first", "-spiffeID", "spiffe://peers.example/agent/x", "-parentID", "spiffe://peers.example/spire/server", "-selector", "unix:uid:1"}, "AlreadyExists"},
 		{"an unknown federated bundle", []string{"-federatesWith", "spiffe://unknown.example", "-spiffeID", "spiffe://peers.example/agent/x", "-parentID", "spiffe://peers.example/spire/server", "-selector", "unix:uid:1"}, "unable to find federated bundle"},
 		{"a reserved ID", []string{"-spiffeID", "spiffe://peers.example/spire/x", "-parentID", "spiffe://peers.example/spire/server", "-selector", "unix:uid:1"}, "InvalidArgument"},
+		{"a misspelt selector", []string{"-spiffeID", "spiffe://peers.example/agent/x", "-parentID", "spiffe://peers.example/spire/server", "-selector", "unix:uidd:1"}, "unix has no"},
 		{"too short a life", []string{"-x509SVIDTTL", "3", "-spiffeID", "spiffe://peers.example/agent/x", "-parentID", "spiffe://peers.example/spire/server", "-selector", "unix:uid:1"}, "shorter than 5s"},
 		{"a bad DNS name", []string{"-dns", "-x", "-spiffeID", "spiffe://peers.example/agent/x", "-parentID", "spiffe://peers.example/spire/server", "-selector", "unix:uid:1"}, "InvalidArgument"},
 		{"storeSVID", []string{"-storeSVID", "-spiffeID", "spiffe://peers.example/agent/x", "-parentID", "spiffe://peers.example/spire/server", "-selector", "unix:uid:1"}, "store"},

@@ -11,30 +11,33 @@ import (
 
 // A form says whether a value may be one, and in words what it must be.
 type form struct {
-	must string
-	fits func(string) bool
+	must  string
+	fits  func(string) bool
+	named func(string) bool // whether one may begin with this name and a colon; nil: none has a colon
 }
 
 var (
-	formID       = form{"a number from 0 to 4294967295", isID}
-	formName     = form{"a name without colon or slash", isName}
-	formPath     = form{"an absolute path without . or .. and without a slash at its end", isPath}
-	formSHA256   = form{"64 lower-case hexadecimal digits", hexID}
-	formTrue     = form{"true", func(s string) bool { return s == "true" }}
-	formExec     = form{"1 to 64 of A-Z a-z 0-9 . _ -", execName}
-	formUnit     = form{"the full name of a unit, such as agent.service", unitName}
-	formSlice    = form{"the full name of a slice, such as system.slice", isSlice}
-	formSystemd  = form{"the full name of a unit, such as agent.service", func(s string) bool { return unitName(s) || isSlice(s) }}
-	formLabel    = form{"NAME:VALUE", func(s string) bool { k, _, ok := strings.Cut(s, ":"); return ok && k != "" }}
-	formEnv      = form{"NAME=VALUE", func(s string) bool { k, _, ok := strings.Cut(s, "="); return ok && k != "" }}
-	formAny      = form{"text", func(string) bool { return true }}
-	formDigest   = form{"sha256: and 64 lower-case hexadecimal digits", isDigest}
-	formLongID   = form{"the container's full ID, 64 lower-case hexadecimal digits", hexID}
-	formRuntime  = form{"docker, containerd, podman or cri-o", isRuntime}
-	formRepo     = form{"a repository with its registry, such as docker.io/library/alpine, without tag or digest", isRepository}
-	formKind     = form{"KIND:VALUE", func(s string) bool { k, v, ok := strings.Cut(s, ":"); return ok && k != "" && v != "" }}
-	formDigested = form{"REPOSITORY@sha256:DIGEST, with the registry", isDigested}
+	formID       = form{"a number from 0 to 4294967295", isID, nil}
+	formName     = form{"a name without colon or slash", isName, nil}
+	formPath     = form{"an absolute path without . or .. and without a slash at its end", isPath, anyName}
+	formSHA256   = form{"64 lower-case hexadecimal digits", hexID, nil}
+	formTrue     = form{"true", func(s string) bool { return s == "true" }, nil}
+	formExec     = form{"1 to 64 of A-Z a-z 0-9 . _ -", execName, nil}
+	formUnit     = form{"the full name of a unit, such as agent.service", unitName, anyName}
+	formSlice    = form{"the full name of a slice, such as system.slice", isSlice, anyName}
+	formSystemd  = form{"the full name of a unit, such as agent.service", func(s string) bool { return unitName(s) || isSlice(s) }, anyName}
+	formLabel    = form{"NAME:VALUE", func(s string) bool { k, _, ok := strings.Cut(s, ":"); return ok && k != "" }, anyName}
+	formEnv      = form{"NAME=VALUE", func(s string) bool { k, _, ok := strings.Cut(s, "="); return ok && k != "" }, nil}
+	formAny      = form{"text", func(string) bool { return true }, anyName}
+	formDigest   = form{"sha256: and 64 lower-case hexadecimal digits", isDigest, func(name string) bool { return name == "sha256" }}
+	formLongID   = form{"the container's full ID, 64 lower-case hexadecimal digits", hexID, nil}
+	formRuntime  = form{"docker, containerd, podman or cri-o", isRuntime, nil}
+	formRepo     = form{"a repository with its registry, such as docker.io/library/alpine, without tag or digest", isRepository, anyName}
+	formKind     = form{"KIND:VALUE", func(s string) bool { k, v, ok := strings.Cut(s, ":"); return ok && k != "" && v != "" }, anyName}
+	formDigested = form{"REPOSITORY@sha256:DIGEST, with the registry", isDigested, anyName}
 )
+
+func anyName(string) bool { return true }
 
 // forms are the selectors that attestors of this build give: by type, and by
 // what stands before the value's first colon.
@@ -98,20 +101,10 @@ func CheckPrefix(typ, key, name string) error {
 	switch {
 	case !ok:
 		return fmt.Errorf("%s has no %q, but %s", typ, key, strings.Join(slices.Sorted(maps.Keys(keys)), ", "))
-	case name != "" && !form.hasColon(name):
+	case name != "" && (form.named == nil || !form.named(name)):
 		return fmt.Errorf("the value of %s:%s never begins with %q: it is %s", typ, key, name+":", form.must)
 	}
 	return nil
-}
-
-// hasColon reports whether a value may begin with the name and a colon.
-func (f form) hasColon(name string) bool {
-	if f.must == formDigest.must {
-		return name == "sha256"
-	}
-	return !slices.Contains([]string{
-		formID.must, formName.must, formSHA256.must, formTrue.must, formExec.must, formEnv.must, formLongID.must, formRuntime.must,
-	}, f.must)
 }
 
 func isID(s string) bool {

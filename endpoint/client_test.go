@@ -30,11 +30,11 @@ import (
 //	sleep          nothing
 //	count:SOCKET   count entries, print the code
 //	exec:SOCKET    hold a stream, and execute another program once it has an answer
-//	later:SOCKET   the same, but when its input ends
+//	later:SOCKET   the same, but when it is told to
 //	sds:SOCKET     hold a stream of secrets, print the names of each response
 //	sdsexec:SOCKET the same, and execute another program once it has one
 //	pid:SOCKET     ask as a delegate for the process with its parent's number here, print the code
-//	lent:SOCKET    hold a delegate's stream, execute another program when its input ends
+//	lent:SOCKET    hold a delegate's stream, execute another program when it is told to
 //	SOCKET         hold a stream, print a line for each message
 func client() int {
 	what, socket, ok := strings.Cut(os.Getenv("ENDPOINT_TEST_CLIENT"), ":")
@@ -87,7 +87,7 @@ func client() int {
 		}
 		fmt.Println(ids(r))
 		if what == "later" {
-			io.Copy(io.Discard, os.Stdin)
+			os.Stdin.Read(make([]byte, 1))
 		}
 		if what == "exec" || what == "later" {
 			return execute()
@@ -137,7 +137,7 @@ func keepAcrossExec(c *net.UnixConn) {
 
 type process struct {
 	*osexec.Cmd
-	in  io.Closer
+	in  io.WriteCloser
 	out *bufio.Scanner
 }
 
@@ -171,6 +171,10 @@ func (w *world) runAs(attr *syscall.SysProcAttr, what string) *process {
 	})
 	return &process{cmd, in, bufio.NewScanner(out)}
 }
+
+// execute tells the client to execute another program, which then waits for
+// the end of its input. It may have been told already, and be gone.
+func (p *process) execute() { p.in.Write([]byte("\n")) }
 
 func (p *process) says(t testing.TB, want string) {
 	t.Helper()

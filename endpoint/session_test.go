@@ -100,7 +100,7 @@ func TestKeyIsNotSentToAProgramThatWasExecutedWhileItWasSigned(t *testing.T) {
 	p.says(t, "[/a]")
 	l := w.onlyLink()
 	authority.before = func() {
-		p.in.Close()
+		p.execute()
 		eventually(t, "the client executes another program", func() bool { return l.Check() != nil })
 	}
 	w.entry("/b", nil, mine) // which the client's own stream asks for as well

@@ -380,10 +380,11 @@ func TestFederatedBundles(t *testing.T) {
 	if len(own.WitAuthorities) != 1 || own.WitAuthorities[0].KeyId == own.JwtAuthorities[0].KeyId {
 		t.Errorf("got WIT authorities %v, want one with an ID of its own", own.WitAuthorities)
 	}
-	b := &types.Bundle{
-		TrustDomain: "other.example", X509Authorities: own.X509Authorities, JwtAuthorities: own.JwtAuthorities, WitAuthorities: own.WitAuthorities,
-		RefreshHint: 60, SequenceNumber: 7,
+	b, err := spireBundle(bundleOf(t, spiffeid.RequireTrustDomainFromString("other.example")), nil)
+	if err != nil {
+		t.Fatal(err)
 	}
+	b.RefreshHint, b.SequenceNumber = 60, 7
 
 	one := func(s *types.Status, want codes.Code) {
 		t.Helper()
@@ -436,13 +437,22 @@ func TestFederatedBundles(t *testing.T) {
 	if diff := cmp.Diff(b, r.Bundle, protocmp.Transform()); diff != "" {
 		t.Errorf("updated bundle differs (-want +got):\n%s", diff)
 	}
+	// Ours is nobody else's, in whatever part and by whichever call it comes.
+	one(update(&types.BundleMask{X509Authorities: true}, &types.Bundle{TrustDomain: "other.example", X509Authorities: own.X509Authorities}).Status, codes.InvalidArgument)
+	one(update(&types.BundleMask{JwtAuthorities: true}, &types.Bundle{TrustDomain: "other.example", JwtAuthorities: own.JwtAuthorities}).Status, codes.InvalidArgument)
+	one(create(&types.Bundle{TrustDomain: "new.example", X509Authorities: own.X509Authorities}), codes.InvalidArgument)
+	set, err := api.BatchSetFederatedBundle(ctx, &bundlev1.BatchSetFederatedBundleRequest{Bundle: []*types.Bundle{{TrustDomain: "new.example", JwtAuthorities: own.JwtAuthorities}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	one(set.Results[0].Status, codes.InvalidArgument)
 	_, err = api.GetFederatedBundle(ctx, &bundlev1.GetFederatedBundleRequest{TrustDomain: "none.example"})
 	wantCode(t, err, codes.NotFound)
 	_, err = api.GetFederatedBundle(ctx, &bundlev1.GetFederatedBundleRequest{TrustDomain: domain.Name()})
 	wantCode(t, err, codes.InvalidArgument)
 
 	for _, td := range []string{"a.example", "b.example"} {
-		set, err := api.BatchSetFederatedBundle(ctx, &bundlev1.BatchSetFederatedBundleRequest{Bundle: []*types.Bundle{{TrustDomain: td, X509Authorities: own.X509Authorities}}})
+		set, err := api.BatchSetFederatedBundle(ctx, &bundlev1.BatchSetFederatedBundleRequest{Bundle: []*types.Bundle{{TrustDomain: td, X509Authorities: b.X509Authorities}}})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -271,8 +271,7 @@ func TestBrokerGetsTheSVIDsOfAProcess(t *testing.T) {
 			t.Error("the broker has the key that the process has")
 		}
 	}
-	own, _ := b.authority.Bundles()
-	if err := b.authority.SetFederated(&svid.Bundle{TrustDomain: far, X509Authorities: own.Own.X509Authorities}); err != nil {
+	if err := b.authority.SetFederated(bundleOf(t, far)); err != nil {
 		t.Fatal(err)
 	}
 	b.entry("/b", func(e *registry.Entry) { e.FederatesWith = []spiffeid.TrustDomain{far} }, mine)
@@ -295,7 +294,7 @@ func TestBrokerGetsBundlesOfTheWorkload(t *testing.T) {
 	if r, err := x.Recv(); err != nil || len(r.Bundles) != 1 || !bytes.Equal(r.Bundles[domain.IDString()], own.Own.DER()) {
 		t.Fatalf("got %v, %v, want our bundle", r, err)
 	}
-	if err := b.authority.SetFederated(&svid.Bundle{TrustDomain: far, X509Authorities: own.Own.X509Authorities}); err != nil {
+	if err := b.authority.SetFederated(bundleOf(t, far)); err != nil {
 		t.Fatal(err)
 	}
 	b.entry("/b", func(e *registry.Entry) { e.FederatesWith = []spiffeid.TrustDomain{far} }, mine)
@@ -743,8 +742,7 @@ func TestBrokerWhoseCALeavesTheBundleLosesItsStreams(t *testing.T) {
 	api := b.connect(b.tcp, one)
 	st := subscribe(t, api, toPID(t, pid))
 	brokered(t, st, "/a")
-	own, _ := b.authority.Bundles()
-	if err := b.authority.SetFederated(&svid.Bundle{TrustDomain: far, X509Authorities: own.Own.X509Authorities}); err != nil {
+	if err := b.authority.SetFederated(bundleOf(t, far)); err != nil {
 		t.Fatal(err)
 	}
 	wantEnd(t, st, codes.Unauthenticated, "")

@@ -458,7 +458,7 @@ func TestDelegateGetsAllBundles(t *testing.T) {
 	if err != nil || len(r.CaCertificates) != 1 || !bytes.Equal(r.CaCertificates[domain.IDString()], own.Own.DER()) {
 		t.Fatalf("got %v, %v, want our bundle", r, err)
 	}
-	if err := w.authority.SetFederated(&svid.Bundle{TrustDomain: far, X509Authorities: own.Own.X509Authorities}); err != nil {
+	if err := w.authority.SetFederated(bundleOf(t, far)); err != nil {
 		t.Fatal(err)
 	}
 	if r, err = st.Recv(); err != nil || len(r.CaCertificates) != 2 || len(r.CaCertificates[far.IDString()]) == 0 {

@@ -68,6 +68,7 @@ var codeOf = []struct {
 	{errInvalid, codes.InvalidArgument},
 	{errReference, codes.InvalidArgument},
 	{registry.ErrInvalid, codes.InvalidArgument},
+	{svid.ErrOurs, codes.InvalidArgument},
 	{errNoIdentity, codes.PermissionDenied},
 	{errTraced, codes.PermissionDenied},
 	{errForeign, codes.PermissionDenied},

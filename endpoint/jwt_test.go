@@ -135,6 +135,18 @@ func (w *world) federate(td spiffeid.TrustDomain) *local.Authority {
 	return a
 }
 
+// bundleOf is the bundle of a trust domain as an authority of its own has it.
+func bundleOf(t testing.TB, td spiffeid.TrustDomain) *svid.Bundle {
+	t.Helper()
+	a, err := local.Open(t.Context(), local.Options{TrustDomain: td, Memory: true, WIT: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.Close()
+	all, _ := a.Bundles()
+	return all.Own
+}
+
 // Whether another trust domain is believed hangs on what the process is; a
 // token of our own does not.
 func TestValidationAsksWhoCallsForOtherTrustDomainsAlone(t *testing.T) {

@@ -226,6 +226,44 @@ func (b *Bundle) Equal(o *Bundle) bool {
 		maps.EqualFunc(b.WITAuthorities, o.WITAuthorities, equalKeys)
 }
 
+// CheckForeign refuses, with ErrOurs, a bundle that was given as another trust
+// domain's and is ours. Two things prove that. A JWT or WIT key of ours is one:
+// such keys never leave us, and nobody else publishes them. An X.509 authority
+// with our trust domain as its SPIFFE ID is the other: its holder says himself
+// that it signs for us (X509-SVID §3.2), also when it is one of before whose key
+// we no longer have. Every CA that we make says so, hence its key need not be
+// compared. That we trust an authority, too, proves nothing where it names
+// nobody: it may be a root that several trust domains hang under (see
+// SharesAuthority). Of own, only the trust domain has to be there.
+func (b *Bundle) CheckForeign(own *Bundle) error {
+	for _, c := range b.X509Authorities {
+		for _, uri := range c.URIs {
+			if id, err := spiffeid.FromURI(uri); err == nil && id.MemberOf(own.TrustDomain) {
+				return fmt.Errorf("%w: its X.509 authority names %s", ErrOurs, id)
+			}
+		}
+	}
+	for _, ours := range []map[string]crypto.PublicKey{own.JWTAuthorities, own.WITAuthorities} {
+		for id, key := range ours {
+			for _, theirs := range []map[string]crypto.PublicKey{b.JWTAuthorities, b.WITAuthorities} {
+				for _, k := range theirs {
+					if equalKeys(k, key) {
+						return fmt.Errorf("%w: it has our key %s", ErrOurs, id)
+					}
+				}
+			}
+		}
+	}
+	return nil
+}
+
+// SharesAuthority reports whether both have an X.509 authority in common.
+func (b *Bundle) SharesAuthority(o *Bundle) bool {
+	return slices.ContainsFunc(b.X509Authorities, func(c *x509.Certificate) bool {
+		return slices.ContainsFunc(o.X509Authorities, c.Equal)
+	})
+}
+
 // Restrict returns our own bundle and those of these trust domains only, as far
 // as they are known.
 func (b *Bundles) Restrict(tds []spiffeid.TrustDomain) *Bundles {

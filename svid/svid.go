@@ -27,6 +27,7 @@ import (
 // What a caller may branch on.
 var (
 	ErrNotReady = errors.New("authority is not ready")          // yet, or for now
+	ErrOurs     = errors.New("bundle is our own")               // and no other trust domain's
 	ErrNoBundle = errors.New("no bundle for this trust domain") // of a token
 	ErrDenied   = errors.New("authority denies a signature")    // for this ID
 )

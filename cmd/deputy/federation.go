@@ -42,7 +42,7 @@ func (s *settings) readFederation() (problems conf.Problems) {
 			continue
 		}
 		if path := w.BootstrapBundle; path.Value != "" {
-			b, err := readBootstrap(r, path.Value)
+			b, err := readBootstrap(r, s.TrustDomain.Value, path.Value)
 			if err != nil {
 				problems.Add(path.Range, "bootstrap_bundle: %s", err)
 				continue
@@ -71,8 +71,10 @@ func (s *settings) bundleless(here func(spiffeid.TrustDomain) bool) (warnings co
 }
 
 // readBootstrap reads the file that says whom to trust at first: whoever may
-// write it is that trust domain.
-func readBootstrap(r federation.Relationship, path string) (*svid.Bundle, error) {
+// write it is that trust domain. One that shows by itself to be our own is
+// refused here, where it can be said in which line; the authority also knows
+// our keys.
+func readBootstrap(r federation.Relationship, own spiffeid.TrustDomain, path string) (*svid.Bundle, error) {
 	data, err := owned.ReadFile(path, maxBundle)
 	if err != nil {
 		return nil, err
@@ -83,6 +85,9 @@ func readBootstrap(r federation.Relationship, path string) (*svid.Bundle, error)
 	}
 	if len(b.X509Authorities) == 0 {
 		return nil, fmt.Errorf("%s has no X.509 authority, which the endpoint could be verified with", path)
+	}
+	if err := b.CheckForeign(&svid.Bundle{TrustDomain: own}); err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
 	}
 	return b, nil
 }

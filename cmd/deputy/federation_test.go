@@ -8,6 +8,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"github.com/deputy-id/deputy/svid"
 	"github.com/deputy-id/deputy/svid/federation"
 	"github.com/deputy-id/deputy/svid/local"
 )
@@ -16,16 +17,22 @@ import (
 // nobody else could have written it.
 func TestReadBootstrap(t *testing.T) {
 	td := spiffeid.RequireTrustDomainFromString("theirs.example")
-	a, err := local.Open(t.Context(), local.Options{TrustDomain: td})
-	if err != nil {
-		t.Fatal(err)
+	own := spiffeid.RequireTrustDomainFromString("ours.example")
+	bundle := func(td spiffeid.TrustDomain) (*svid.Bundle, string) {
+		a, err := local.Open(t.Context(), local.Options{TrustDomain: td})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer a.Close()
+		all, _ := a.Bundles()
+		text, err := all.Own.Marshal()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return all.Own, string(text)
 	}
-	defer a.Close()
-	all, _ := a.Bundles()
-	good, err := all.Own.Marshal()
-	if err != nil {
-		t.Fatal(err)
-	}
+	theirs, good := bundle(td)
+	_, ours := bundle(own)
 	for _, c := range []struct {
 		name    string
 		content string
@@ -33,10 +40,11 @@ func TestReadBootstrap(t *testing.T) {
 		owner   int
 		want    string // "": it is taken
 	}{
-		{"a bundle", string(good), 0o644, 0, ""},
-		{"writable by others", string(good), 0o646, 0, "may be written by others"},
-		{"writable by the group", string(good), 0o664, 0, "may be written by others"},
-		{"a stranger's", string(good), 0o644, 61002, "belongs to UID"},
+		{"a bundle", good, 0o644, 0, ""},
+		{"our own", ours, 0o644, 0, "bundle is our own: its X.509 authority names spiffe://ours.example"},
+		{"writable by others", good, 0o646, 0, "may be written by others"},
+		{"writable by the group", good, 0o664, 0, "may be written by others"},
+		{"a stranger's", good, 0o644, 61002, "belongs to UID"},
 		{"no authority", `{"keys":[]}`, 0o644, 0, "no X.509 authority"},
 		{"PEM", "-----BEGIN CERTIFICATE-----", 0o644, 0, "parse bundle"},
 		{"nothing", "", 0o644, 0, "parse bundle"},
@@ -61,16 +69,16 @@ func TestReadBootstrap(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			b, err := readBootstrap(federation.Relationship{TrustDomain: td}, path)
+			b, err := readBootstrap(federation.Relationship{TrustDomain: td}, own, path)
 			switch {
-			case c.want == "" && (err != nil || !b.Equal(all.Own)):
+			case c.want == "" && (err != nil || !b.Equal(theirs)):
 				t.Errorf("got %+v, %v, want the bundle", b, err)
 			case c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)):
 				t.Errorf("got %v, want an error with %q", err, c.want)
 			}
 		})
 	}
-	if _, err := readBootstrap(federation.Relationship{TrustDomain: td}, "/nonexistent"); err == nil {
+	if _, err := readBootstrap(federation.Relationship{TrustDomain: td}, own, "/nonexistent"); err == nil {
 		t.Error("got no error for a file that is not there")
 	}
 }

@@ -12,8 +12,8 @@
 // A bundle may hold keys of a third trust domain. That makes the third one able
 // to speak for the one whose bundle it is, by that one's own word, and not the
 // other way round; nothing here forbids it, since whoever copied another's keys
-// could otherwise stop that other's updates. One that holds our own JWT keys is
-// ours, come from a wrong URL, and is refused.
+// could otherwise stop that other's updates. One that is our own has come from a
+// wrong URL, and is refused (svid.Bundle.CheckForeign).
 //
 // It does not defend against an endpoint whose keys, or whose server's, are in
 // the hands of an attacker: he is that trust domain.
@@ -38,7 +38,6 @@ var (
 	ErrNotFollowed = errors.New("no relationship with that trust domain")
 	ErrWrongServer = errors.New("server is not the bundle endpoint that is configured")
 	ErrOlder       = errors.New("bundle is older than the one there is")
-	ErrOurs        = errors.New("bundle holds our own JWT keys")
 	ErrNoTrust     = errors.New("no bundle to verify the endpoint with")
 )
 

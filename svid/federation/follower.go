@@ -27,7 +27,8 @@ import (
 type store interface {
 	Bundles() (*svid.Bundles, <-chan struct{})
 	// UpdateFederated puts what next makes of the bundle there is in its place.
-	// Nobody else changes it meanwhile, be it an operator who revokes.
+	// Nobody else changes it meanwhile, be it an operator who revokes. It refuses
+	// our own bundle with svid.ErrOurs.
 	UpdateFederated(td spiffeid.TrustDomain, next func(had *svid.Bundle) (*svid.Bundle, error)) error
 }
 
@@ -286,11 +287,7 @@ func (f *Follower) take(ctx context.Context, t *track, b *svid.Bundle) (changed 
 	if ctx.Err() != nil || f.tracks[t.TrustDomain] != t {
 		return false, ErrNotFollowed
 	}
-	all, _ := f.store.Bundles()
 	log := f.log.With("trust_domain", t.TrustDomain.Name(), "url", t.where(), "sequence", b.Sequence)
-	if holdsOurs(b, all.Own) {
-		return false, ErrOurs
-	}
 	var before *svid.Bundle
 	var refused error
 	err = f.store.UpdateFederated(t.TrustDomain, func(had *svid.Bundle) (*svid.Bundle, error) {
@@ -309,6 +306,8 @@ func (f *Follower) take(ctx context.Context, t *track, b *svid.Bundle) (changed 
 	switch {
 	case refused != nil:
 		return false, refused
+	case errors.Is(err, svid.ErrOurs):
+		return false, err
 	case err != nil:
 		return false, fmt.Errorf("store bundle: %w", err)
 	case !changed:
@@ -316,9 +315,6 @@ func (f *Follower) take(ctx context.Context, t *track, b *svid.Bundle) (changed 
 	}
 	if before != nil && b.Sequence != 0 && b.Sequence == before.Sequence && !sameAuthorities(before, b) {
 		log.Warn("bundle changed under the same sequence number")
-	}
-	if sharesRoot(b, all.Own) {
-		log.Warn("bundle shares an X.509 authority with ours: whoever holds its key can speak for both trust domains")
 	}
 	if len(b.X509Authorities)+len(b.JWTAuthorities)+len(b.WITAuthorities) == 0 {
 		log.Warn("bundle is empty: its trust domain has revoked all of its keys")
@@ -393,7 +389,7 @@ func (f *Follower) complain(log hclog.Logger, s *Status, b *svid.Bundle) {
 // kind is which of the errors that a person must look at this is, nil if it is
 // none.
 func kind(err error) error {
-	for _, k := range []error{ErrWrongServer, ErrOlder, ErrOurs, ErrNoTrust} {
+	for _, k := range []error{ErrWrongServer, ErrOlder, svid.ErrOurs, ErrNoTrust} {
 		if errors.Is(err, k) {
 			return k
 		}
@@ -414,39 +410,6 @@ func clip(s string) string {
 		}
 		return r
 	}, s) + more
-}
-
-// holdsOurs reports whether a bundle has a JWT or WIT key of ours. Those never leave
-// us, so it is our own bundle, whatever URL it came from. X.509 authorities may
-// be a root that two trust domains hang under.
-func holdsOurs(b, own *svid.Bundle) bool {
-	if own == nil {
-		return false
-	}
-	for _, theirs := range []map[string]crypto.PublicKey{b.JWTAuthorities, b.WITAuthorities} {
-		for _, ours := range []map[string]crypto.PublicKey{own.JWTAuthorities, own.WITAuthorities} {
-			for _, k := range theirs {
-				for _, o := range ours {
-					if equal(k, o) {
-						return true
-					}
-				}
-			}
-		}
-	}
-	return false
-}
-
-func sharesRoot(b, own *svid.Bundle) bool {
-	if own == nil {
-		return false
-	}
-	for _, c := range b.X509Authorities {
-		if slices.ContainsFunc(own.X509Authorities, c.Equal) {
-			return true
-		}
-	}
-	return false
 }
 
 func sameAuthorities(a, b *svid.Bundle) bool {

@@ -160,6 +160,9 @@ func (m *memory) UpdateFederated(td spiffeid.TrustDomain, next func(*svid.Bundle
 	if err != nil || b == had {
 		return err
 	}
+	if err := b.CheckForeign(all.Own); err != nil {
+		return err
+	}
 	if m.fails != nil {
 		return m.fails
 	}

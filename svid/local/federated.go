@@ -31,22 +31,34 @@ func (a *Authority) SetFederated(b *svid.Bundle) error {
 // UpdateFederated is SetFederated of what next makes of the bundle that there
 // is, nil if there is none. Nobody changes that one meanwhile, so next must
 // neither block nor ask for a change itself. Its error changes nothing and is
-// returned; so does the bundle that it was given.
+// returned; so does the bundle that it was given. Every bundle of another trust
+// domain comes in here, and one that is ours is refused (svid.ErrOurs).
 func (a *Authority) UpdateFederated(td spiffeid.TrustDomain, next func(had *svid.Bundle) (*svid.Bundle, error)) error {
 	if td == a.o.TrustDomain {
 		return fmt.Errorf("set bundle of %s: %w", td, ErrOwnTrustDomain)
 	}
+	shared := false
 	err := a.changeFederated(func(m map[spiffeid.TrustDomain]*svid.Bundle) (bool, error) {
 		had := m[td]
 		b, err := next(had)
 		if err != nil || b == had {
 			return false, err
 		}
+		all, _ := a.published.Load()
+		if err := b.CheckForeign(all.Own); err != nil {
+			return false, err
+		}
+		shared = b.SharesAuthority(all.Own)
 		m[td] = b
 		return true, nil
 	})
-	if err != nil {
+	switch {
+	case errors.Is(err, svid.ErrOurs):
+		return err
+	case err != nil:
 		return fmt.Errorf("set bundle of %s: %w", td, err)
+	case shared:
+		a.log.Warn("bundle shares an X.509 authority with ours: whoever holds its key can speak for both trust domains", "trust_domain", td.Name())
 	}
 	return nil
 }

@@ -16,11 +16,16 @@ import (
 	"github.com/deputy-id/deputy/svid"
 )
 
-var td = spiffeid.RequireTrustDomainFromString("example.org")
+var (
+	td    = spiffeid.RequireTrustDomainFromString("example.org")
+	other = spiffeid.RequireTrustDomainFromString("b.example")
+)
 
 func open(t testing.TB, o Options) *Authority {
 	t.Helper()
-	o.TrustDomain = td
+	if o.TrustDomain.IsZero() {
+		o.TrustDomain = td
+	}
 	a, err := Open(context.Background(), o)
 	if err != nil {
 		t.Fatal(err)

@@ -1,6 +1,7 @@
 package local
 
 import (
+	"bytes"
 	"context"
 	"crypto"
 	"crypto/x509"
@@ -14,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/hashicorp/go-hclog"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
@@ -323,7 +325,7 @@ func TestDamagedOrForeignFilesAreRefusedAndKept(t *testing.T) {
 			t.Run(file+" "+name, func(t *testing.T) {
 				dir := t.TempDir()
 				a := open(t, Options{DataDir: dir})
-				b := &svid.Bundle{TrustDomain: spiffeid.RequireTrustDomainFromString("b.example"), X509Authorities: bundleOf(a).X509Authorities}
+				b := bundleOf(open(t, Options{TrustDomain: other}))
 				if err := a.SetFederated(b); err != nil {
 					t.Fatal(err)
 				}
@@ -566,10 +568,9 @@ func TestTTLIsCutToWhatTheAuthorityAllows(t *testing.T) {
 func TestFederatedBundles(t *testing.T) {
 	dir := t.TempDir()
 	a := open(t, Options{DataDir: dir})
-	other := spiffeid.RequireTrustDomainFromString("b.example")
 	own := bundleOf(a)
 	_, stale := a.Bundles()
-	b := &svid.Bundle{TrustDomain: other, X509Authorities: own.X509Authorities, JWTAuthorities: own.JWTAuthorities, Sequence: 3, RefreshHint: time.Minute}
+	b := bundleOf(open(t, Options{TrustDomain: other}))
 	if err := a.SetFederated(b); err != nil {
 		t.Fatal(err)
 	}
@@ -598,6 +599,61 @@ func TestFederatedBundles(t *testing.T) {
 	}
 	if err := a.DeleteFederated(other); !errors.Is(err, ErrNotFederated) {
 		t.Errorf("got %v, want ErrNotFederated", err)
+	}
+}
+
+// Nothing makes our own bundle another trust domain's, whichever of our keys it
+// has; a root that we only hang under is not ours.
+func TestOwnBundleIsNoOtherTrustDomains(t *testing.T) {
+	p := newPKI(t, nil)
+	a := open(t, Options{WIT: true})
+	before := open(t, Options{})
+	own, theirs := bundleOf(a), bundleOf(open(t, Options{TrustDomain: other, WIT: true}))
+	for _, c := range []struct {
+		name string
+		set  *svid.Bundle
+		ours bool
+	}{
+		{name: "another's", set: theirs},
+		{name: "ours", set: own, ours: true},
+		{name: "our CA alone", set: &svid.Bundle{X509Authorities: own.X509Authorities}, ours: true},
+		{name: "our CA among theirs", set: &svid.Bundle{X509Authorities: slices.Concat(theirs.X509Authorities, own.X509Authorities)}, ours: true},
+		{name: "a CA that was ours", set: &svid.Bundle{X509Authorities: bundleOf(before).X509Authorities}, ours: true},
+		{name: "our JWT keys alone", set: &svid.Bundle{JWTAuthorities: own.JWTAuthorities}, ours: true},
+		{name: "our WIT keys as JWT keys", set: &svid.Bundle{JWTAuthorities: own.WITAuthorities}, ours: true},
+		{name: "no keys", set: &svid.Bundle{}},
+		{name: "a stranger's root", set: &svid.Bundle{X509Authorities: []*x509.Certificate{p.root}}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			b := &svid.Bundle{TrustDomain: other, X509Authorities: c.set.X509Authorities, JWTAuthorities: c.set.JWTAuthorities, WITAuthorities: c.set.WITAuthorities}
+			had, _ := a.Bundles()
+			err := a.SetFederated(b)
+			if got := errors.Is(err, svid.ErrOurs); got != c.ours || !c.ours && err != nil {
+				t.Fatalf("got %v, want refused: %t", err, c.ours)
+			}
+			now, _ := a.Bundles()
+			if c.ours && now.Federated[other] != had.Federated[other] || !c.ours && now.Federated[other] != b {
+				t.Errorf("got %+v in force", now.Federated[other])
+			}
+		})
+	}
+}
+
+// Trust domains may hang under one root, which makes neither bundle the other's.
+func TestRootOfSeveralTrustDomainsIsNobodysOwn(t *testing.T) {
+	p := newPKI(t, nil)
+	var log bytes.Buffer
+	a := open(t, Options{Upstream: p.files, Log: hclog.New(&hclog.LoggerOptions{Output: &log})})
+	theirs := bundleOf(open(t, Options{TrustDomain: other, Upstream: p.files}))
+	if err := a.SetFederated(theirs); err != nil {
+		t.Fatal(err)
+	}
+	if want := "shares an X.509 authority with ours"; !strings.Contains(log.String(), want) {
+		t.Errorf("got log %q, want %q", &log, want)
+	}
+	own := bundleOf(a)
+	if err := a.SetFederated(&svid.Bundle{TrustDomain: other, X509Authorities: own.X509Authorities, JWTAuthorities: own.JWTAuthorities}); !errors.Is(err, svid.ErrOurs) {
+		t.Errorf("our bundle under that root: got %v, want ErrOurs", err)
 	}
 }
 
@@ -701,7 +757,7 @@ func FuzzDecodeFederated(f *testing.F) {
 func TestBundlesThatAreTooLargeTogetherAreRefused(t *testing.T) {
 	dir := t.TempDir()
 	a := open(t, Options{DataDir: dir})
-	ca := bundleOf(a).X509Authorities[0]
+	ca := bundleOf(open(t, Options{TrustDomain: other})).X509Authorities[0]
 	var err error
 	for i := 0; i < 10 && err == nil; i++ {
 		err = a.SetFederated(&svid.Bundle{

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -78,6 +79,9 @@ func readBootstrap(r federation.Relationship, own spiffeid.TrustDomain, path str
 	data, err := owned.ReadFile(path, maxBundle)
 	if err != nil {
 		return nil, err
+	}
+	if bytes.HasPrefix(bytes.TrimSpace(data), []byte("-----BEGIN")) {
+		return nil, fmt.Errorf("%s is PEM, and a SPIFFE bundle is wanted, as deputy bundle show --format spiffe prints it", path)
 	}
 	b, err := svid.ParseBundle(r.TrustDomain, data)
 	if err != nil {

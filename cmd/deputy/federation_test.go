@@ -46,7 +46,7 @@ func TestReadBootstrap(t *testing.T) {
 		{"writable by the group", good, 0o664, 0, "may be written by others"},
 		{"a stranger's", good, 0o644, 61002, "belongs to UID"},
 		{"no authority", `{"keys":[]}`, 0o644, 0, "no X.509 authority"},
-		{"PEM", "-----BEGIN CERTIFICATE-----", 0o644, 0, "parse bundle"},
+		{"PEM", "\n-----BEGIN CERTIFICATE-----", 0o644, 0, "is PEM, and a SPIFFE bundle is wanted, as deputy bundle show --format spiffe prints it"},
 		{"nothing", "", 0o644, 0, "parse bundle"},
 		{"too long", strings.Repeat(" ", maxBundle+1), 0o644, 0, "longer than"},
 	} {

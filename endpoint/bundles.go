@@ -274,14 +274,20 @@ func (a *bundles) delete(ctx context.Context, name string, mode bundlev1.BatchDe
 func (a *bundles) part(ctx context.Context, td spiffeid.TrustDomain, mode bundlev1.BatchDeleteFederatedBundleRequest_Mode) error {
 	set, _ := a.s.Registry.Set()
 	with := slices.DeleteFunc(set.Entries(), func(e registry.Entry) bool { return !slices.Contains(e.FederatesWith, td) })
-	filed := slices.ContainsFunc(with, func(e registry.Entry) bool { return e.FromFile })
+	filed := 0
+	for _, e := range with {
+		if e.FromFile {
+			filed++
+		}
+	}
 	switch {
 	case len(with) == 0:
 		return nil
+	case filed > 0:
+		return &fault{errInUse, fmt.Sprintf("cannot delete bundle; federated with %d registration entries, %d of them of the configuration file: "+
+			"take it out of their federates_with first; --dissociate takes it out of the others", len(with), filed)}
 	case mode == bundlev1.BatchDeleteFederatedBundleRequest_RESTRICT:
-		return &fault{errInUse, fmt.Sprintf("cannot delete bundle; federated with %d registration entries", len(with))}
-	case filed:
-		return &fault{errInUse, "cannot delete bundle; federated with entries of the configuration file"}
+		return &fault{errInUse, fmt.Sprintf("cannot delete bundle; federated with %d registration entries; --dissociate takes it out of them", len(with))}
 	}
 	for _, e := range with {
 		var err error

@@ -177,7 +177,8 @@ func newBundleDelete(out *output, e *endpoints) *cobra.Command {
 		Use:   "delete TRUST-DOMAIN",
 		Short: "Delete the bundle of another trust domain",
 		Long: `Deletes the bundle of another trust domain. It is refused while an entry federates
-with it, unless --dissociate takes it out of those entries.`,
+with it, unless --dissociate takes it out of those entries. Out of entries of the
+configuration file only the file takes it, and out of its federation block.`,
 		Example: "  sudo deputy bundle delete partner.example",
 		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {

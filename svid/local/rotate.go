@@ -157,11 +157,16 @@ func (a *Authority) rotateLocked(now time.Time) error {
 			return err
 		}
 	}
+	was := a.state
 	if err := a.use(&next); err != nil {
 		return err
 	}
-	a.log.Info("keys rotated", "sequence", next.Sequence,
-		"ca_ends", next.X509.Active.Expires.UTC().Format(time.RFC3339), "jwt_key", next.JWT.Active.ID)
+	for _, k := range []struct {
+		name    string
+		was, is *slots
+	}{{"X.509", &was.X509, &next.X509}, {"JWT", &was.JWT, &next.JWT}, {"WIT", &was.WIT, &next.WIT}} {
+		k.is.tell(a.log.With("kind", k.name, "sequence", next.Sequence), k.was)
+	}
 	select {
 	case a.rotated <- struct{}{}:
 	default:

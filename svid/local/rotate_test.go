@@ -33,6 +33,55 @@ type issued struct {
 	x509Expires time.Time
 }
 
+// Each event of a rotation has words of its own, and tells of the key that it is about.
+func TestWhatTheLogSaysOfARotation(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
+		var log bytes.Buffer
+		a := open(t, Options{Log: hclog.New(&hclog.LoggerOptions{Output: &log, DisableTime: true})})
+		begin := time.Now().UTC().Truncate(time.Second)
+		at := func(d time.Duration) string { return begin.Add(d).Format(time.RFC3339) }
+		first, sequence := a.state, a.state.Sequence
+		line := func(message, kind string, sequence uint64, key, ends, more string) string {
+			return fmt.Sprintf("[INFO]  %s: kind=%s sequence=%d key=%s ends=%s%s\n", message, kind, sequence, key, ends, more)
+		}
+		both := func(message string, sequence uint64, x, j *slot, ends, more string) string {
+			return line(message, "X.509", sequence, x.ID, ends, more) + line(message, "JWT", sequence, j.ID, ends, more)
+		}
+		for _, step := range []struct {
+			at   time.Duration
+			want func() string
+		}{
+			{0, func() string {
+				return both("first key made", sequence, first.X509.Active, first.JWT.Active, at(24*time.Hour), "")
+			}},
+			{6 * time.Hour, func() string { return "" }},
+			{12 * time.Hour, func() string {
+				return both("next key prepared", sequence+1, a.state.X509.Prepared, a.state.JWT.Prepared, at(36*time.Hour), " signs_from="+at(20*time.Hour))
+			}},
+			{20 * time.Hour, func() string {
+				return both("next key signs", sequence+1, a.state.X509.Active, a.state.JWT.Active, at(36*time.Hour), "")
+			}},
+			{24 * time.Hour, func() string {
+				next := both("next key prepared", sequence+2, a.state.X509.Prepared, a.state.JWT.Prepared, at(48*time.Hour), " signs_from="+at(32*time.Hour))
+				gone := both("key dropped", sequence+2, first.X509.Active, first.JWT.Active, at(24*time.Hour), "")
+				n, g := strings.SplitAfter(next, "\n"), strings.SplitAfter(gone, "\n")
+				return n[0] + g[0] + n[1] + g[1]
+			}},
+		} {
+			time.Sleep(time.Until(begin.Add(step.at)))
+			if step.at > 0 {
+				log.Reset()
+			}
+			if err := a.rotate(time.Now()); err != nil {
+				t.Fatal(err)
+			}
+			if got, want := log.String(), step.want(); got != want {
+				t.Errorf("after %s: got\n%swant\n%s", step.at, got, want)
+			}
+		}
+	})
+}
+
 // At every moment of a week, what is alive verifies by the bundle of now and
 // by every bundle that is not older than a third of the CA's life.
 func TestRotationNeverLeavesALiveSVIDUnverifiable(t *testing.T) {

@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"slices"
 	"time"
+
+	"github.com/hashicorp/go-hclog"
 )
 
 const (
@@ -166,6 +168,27 @@ func (s *slots) retire(ended func(*slot) bool) {
 		}
 	}
 	*s = slots{Old: left}
+}
+
+// tell logs what became of the keys of before.
+func (s *slots) tell(log hclog.Logger, was *slots) {
+	about := func(k *slot) []any { return []any{"key", k.ID, "ends", k.Expires.UTC().Format(time.RFC3339)} }
+	is := func(a, b *slot) bool { return b != nil && a.ID == b.ID }
+	switch a := s.Active; {
+	case a == nil || is(a, was.Active):
+	case was.Active == nil:
+		log.Info("first key made", about(a)...)
+	default:
+		log.Info("next key signs", about(a)...)
+	}
+	if p := s.Prepared; p != nil && !is(p, was.Prepared) {
+		log.Info("next key prepared", append(about(p), "signs_from", s.Active.activateAt(p).UTC().Format(time.RFC3339))...)
+	}
+	for _, k := range was.all() {
+		if !slices.ContainsFunc(s.all(), func(o *slot) bool { return is(o, k) }) {
+			log.Info("key dropped", about(k)...)
+		}
+	}
 }
 
 // next is when the next step is due, as far as the time of day says. What has

@@ -89,7 +89,7 @@ func TestDiskThatFills(t *testing.T) {
 
 	free()
 	d.Run(t, "entry", "create", "/agent/after", "--selector", "unix:uid:4712")
-	d.Says(t, `(?s)no space left on device.*keys rotated: `)
+	d.Says(t, `(?s)no space left on device.*next key (prepared|signs): `)
 	d.fetches(t, "/agent/me")
 	d.Stop(t)
 

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
@@ -183,7 +184,7 @@ when it is asked again, and why it could not be fetched the last time.`,
 					return err
 				}
 				if out.json() {
-					return out.message(all)
+					return printRelationships(out, all.Relationships)
 				}
 				if len(all.Relationships) == 0 {
 					return nil
@@ -207,11 +208,33 @@ when it is asked again, and why it could not be fetched the last time.`,
 	}
 }
 
+// A relationshipView is our message, its times as everywhere else.
+type relationshipView struct {
+	Relationship json.RawMessage `json:"relationship"`
+	FetchedAt    string          `json:"fetched_at,omitempty"`
+	NextAt       string          `json:"next_at,omitempty"`
+	Failures     int32           `json:"failures"`
+	Error        string          `json:"error"`
+	Stale        bool            `json:"stale"`
+}
+
+func printRelationships(out *output, all []*adminv1.Relationship) error {
+	views := []relationshipView{}
+	for _, r := range all {
+		standard, err := protoJSON(r.Relationship)
+		if err != nil {
+			return err
+		}
+		views = append(views, relationshipView{standard, moment(r.FetchedAt, ""), moment(r.NextAt, ""), r.Failures, r.Error, r.Stale})
+	}
+	return out.value(map[string][]relationshipView{"relationships": views})
+}
+
 func moment(epoch int64, none string) string {
 	if epoch == 0 {
 		return none
 	}
-	return time.Unix(epoch, 0).Format(time.RFC3339)
+	return stamp(time.Unix(epoch, 0))
 }
 
 func relationshipState(r *adminv1.Relationship) string {

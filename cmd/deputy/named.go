@@ -92,7 +92,7 @@ func openPair(cert, key conf.Setting[string], of string, log hclog.Logger) (*key
 			log.Warn("certificate of "+of+" is not replaced, the last good one stays", "error", err)
 			return
 		}
-		log.Info("certificate of "+of+" replaced", "ends", pair.Certificate().NotAfter)
+		log.Info("certificate of "+of+" replaced", "ends", stamp(pair.Certificate().NotAfter))
 	}
 	return pair, nil
 }

@@ -38,8 +38,13 @@ func (o *output) line(m proto.Message) error {
 	return o.encode(m, false)
 }
 
+// protoJSON is what message prints, as a part of a value of ours.
+func protoJSON(m proto.Message) (json.RawMessage, error) {
+	return protojson.MarshalOptions{UseProtoNames: true, EmitUnpopulated: true}.Marshal(m)
+}
+
 func (o *output) encode(m proto.Message, indent bool) error {
-	b, err := protojson.MarshalOptions{UseProtoNames: true, EmitUnpopulated: true}.Marshal(m)
+	b, err := protoJSON(m)
 	if err != nil {
 		return err
 	}

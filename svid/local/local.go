@@ -150,7 +150,7 @@ func Open(ctx context.Context, o Options) (_ *Authority, err error) {
 	}
 	if x := a.state.X509; !a.fits(x.Active) && x.Prepared != nil {
 		a.log.Warn("upstream was configured otherwise when the CA was made; the next one follows the configuration",
-			"signs_from", x.Active.activateAt(x.Prepared))
+			"signs_from", x.Active.activateAt(x.Prepared).UTC().Format(time.RFC3339))
 	}
 	return a, nil
 }

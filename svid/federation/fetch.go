@@ -120,10 +120,10 @@ func (r Relationship) tls(all *svid.Bundles) (*tls.Config, error) {
 	}
 	b := r.trust(all)
 	if b == nil {
-		return nil, fmt.Errorf("%w: of %s", ErrNoTrust, r.EndpointID.TrustDomain())
+		return nil, fmt.Errorf("%w: bring that of %[2]s across (deputy bundle set %[2]s)", ErrNoTrust, r.EndpointID.TrustDomain())
 	}
 	if len(b.X509Authorities) == 0 {
-		return nil, fmt.Errorf("%w: that of %s has no X.509 authority", ErrNoTrust, r.EndpointID.TrustDomain())
+		return nil, fmt.Errorf("%w: that of %[2]s has no X.509 authority; bring its next one across (deputy bundle set %[2]s)", ErrNoTrust, r.EndpointID.TrustDomain())
 	}
 	bundle := x509bundle.FromX509Authorities(b.TrustDomain, b.X509Authorities)
 	// The name in the URL does not matter; VerifyConnection does what is left
@@ -131,7 +131,10 @@ func (r Relationship) tls(all *svid.Bundles) (*tls.Config, error) {
 	c.InsecureSkipVerify = true
 	c.VerifyConnection = func(s tls.ConnectionState) error {
 		id, _, err := x509svid.Verify(s.PeerCertificates, bundle)
-		if err != nil {
+		switch {
+		case b != all.Own && outdated(err):
+			return fmt.Errorf("%w, or our bundle of %[2]s is too old for it (deputy bundle set %[2]s): %[3]w", ErrWrongServer, b.TrustDomain, err)
+		case err != nil:
 			return fmt.Errorf("%w: %w", ErrWrongServer, err)
 		}
 		if id != r.EndpointID {
@@ -140,6 +143,16 @@ func (r Relationship) tls(all *svid.Bundles) (*tls.Config, error) {
 		return nil
 	}
 	return c, nil
+}
+
+// outdated reports whether a server did not verify for a CA: one that the bundle
+// does not have, or one that has ended. So it is where somebody else answers, and
+// so it is for a follower that missed the announcement of a key, who cannot fetch
+// the bundle that he lacks.
+func outdated(err error) bool {
+	var unknown x509.UnknownAuthorityError
+	var invalid x509.CertificateInvalidError
+	return errors.As(err, &unknown) || errors.As(err, &invalid) && invalid.Reason == x509.Expired && invalid.Cert != nil && invalid.Cert.IsCA
 }
 
 // CheckRoots returns why the file of CAs could not be used, nil if it could or

@@ -282,25 +282,30 @@ func TestFetchFromASPIFFEServer(t *testing.T) {
 	own := bundle(t, ours, 1, 0, mine)
 	known := newMemory(own, bundle(t, theirs, 1, 0, their), bundle(t, third, 1, 0, thirds))
 	all, _ := known.Bundles()
+	ended := newCAUntil(t, time.Now().Add(-time.Minute))
+	late, _ := newMemory(own, bundle(t, theirs, 1, 0, ended)).Bundles()
 	for _, c := range []struct {
 		name string
 		all  *svid.Bundles
 		id   spiffeid.ID
 		cert *tls.Certificate
 		want error
+		says string // "": nothing of what to do
 	}{
-		{"of its own trust domain", all, server, their.server(t, server.String()), nil},
-		{"of ours", all, id("spiffe://ours.example/mirror"), mine.server(t, "spiffe://ours.example/mirror"), nil},
-		{"of a third trust domain", all, id("spiffe://third.example/mirror"), thirds.server(t, "spiffe://third.example/mirror"), nil},
-		{"another of its trust domain", all, server, their.server(t, "spiffe://theirs.example/agent/x"), ErrWrongServer},
-		{"below the ID", all, server, their.server(t, server.String()+"/x"), ErrWrongServer},
-		{"its ID by our CA", all, server, mine.server(t, server.String()), ErrWrongServer},
-		{"its ID by a third's CA", all, server, thirds.server(t, server.String()), ErrWrongServer},
-		{"its path in a third trust domain", all, server, thirds.server(t, "spiffe://third.example/spire/server"), ErrWrongServer},
-		{"a certificate of its host", all, server, their.server(t, "theirs.example"), ErrWrongServer},
-		{"a bundle that is not there", &svid.Bundles{Own: own}, server, their.server(t, server.String()), ErrNoTrust},
+		{"of its own trust domain", all, server, their.server(t, server.String()), nil, ""},
+		{"of ours", all, id("spiffe://ours.example/mirror"), mine.server(t, "spiffe://ours.example/mirror"), nil, ""},
+		{"of a third trust domain", all, id("spiffe://third.example/mirror"), thirds.server(t, "spiffe://third.example/mirror"), nil, ""},
+		{"another of its trust domain", all, server, their.server(t, "spiffe://theirs.example/agent/x"), ErrWrongServer, ""},
+		{"below the ID", all, server, their.server(t, server.String()+"/x"), ErrWrongServer, ""},
+		{"its ID by our CA", all, server, mine.server(t, server.String()), ErrWrongServer, "or our bundle of theirs.example is too old for it (deputy bundle set theirs.example): "},
+		{"its ID by a third's CA", all, server, thirds.server(t, server.String()), ErrWrongServer, "or our bundle of theirs.example is too old for it (deputy bundle set theirs.example): "},
+		{"its path in a third trust domain", all, server, thirds.server(t, "spiffe://third.example/spire/server"), ErrWrongServer, ""},
+		{"its ID by a CA that has ended", late, server, ended.server(t, server.String()), ErrWrongServer, "deputy bundle set theirs.example"},
+		{"ours by a CA that we do not have", all, id("spiffe://ours.example/mirror"), thirds.server(t, "spiffe://ours.example/mirror"), ErrWrongServer, ""},
+		{"a certificate of its host", all, server, their.server(t, "theirs.example"), ErrWrongServer, ""},
+		{"a bundle that is not there", &svid.Bundles{Own: own}, server, their.server(t, server.String()), ErrNoTrust, "bring that of theirs.example across (deputy bundle set theirs.example)"},
 		{"a bundle that trusts nobody", &svid.Bundles{Own: own, Federated: map[spiffeid.TrustDomain]*svid.Bundle{theirs: {TrustDomain: theirs}}},
-			server, their.server(t, server.String()), ErrNoTrust},
+			server, their.server(t, server.String()), ErrNoTrust, "has no X.509 authority; bring its next one across (deputy bundle set theirs.example)"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			n := newNetwork()
@@ -308,6 +313,9 @@ func TestFetchFromASPIFFEServer(t *testing.T) {
 			_, err := dial(n.dial).fetch(t.Context(), Relationship{TrustDomain: theirs, URL: "https://theirs.example/", EndpointID: c.id}, c.all)
 			if !errors.Is(err, c.want) || c.want == nil && err != nil {
 				t.Errorf("got %v, want %v", err, c.want)
+			}
+			if err != nil && (!strings.Contains(err.Error(), c.says) || c.says == "" && strings.Contains(err.Error(), "deputy bundle set")) {
+				t.Errorf("got %v, want it to say %q of what to do", err, c.says)
 			}
 			if c.want == ErrNoTrust && n.dialled() > 0 {
 				t.Error("a server was asked that nobody could have verified")

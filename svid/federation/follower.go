@@ -374,8 +374,16 @@ func (f *Follower) complain(log hclog.Logger, s *Status, b *svid.Bundle) {
 			log = log.With("x509_authorities_end", end.UTC().Format(time.RFC3339))
 		}
 	}
-	switch {
-	case kind(s.Err) != nil:
+	switch k := kind(s.Err); {
+	case k == ErrNoTrust:
+		log.Error("bundle endpoint cannot be verified")
+	case k == ErrWrongServer && b == nil:
+		log.Error("bundle endpoint is not believed, and there is no bundle yet")
+	case k == ErrWrongServer:
+		log.Error("bundle endpoint is not believed, the last good bundle stays")
+	case k != nil && b == nil:
+		log.Error("bundle is not believed, and there is none yet")
+	case k != nil:
 		log.Error("bundle is not believed, the last good one stays")
 	case b == nil:
 		log.Warn("bundle is not there yet")

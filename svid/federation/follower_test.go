@@ -316,6 +316,18 @@ func TestUrgencyGrows(t *testing.T) {
 	})
 }
 
+// There is no last good bundle at first.
+func TestTheWrongServerAtFirst(t *testing.T) {
+	inScene(t, nil, func(t *testing.T, s *scene) {
+		s.net.serve(t, "theirs.example", newCA(t).server(t, "theirs.example"), fixed(t, bundle(t, theirs, 9, time.Minute, newCA(t))))
+		s.Follow([]Relationship{s.r})
+		time.Sleep(time.Second)
+		if log := s.log.String(); !strings.Contains(log, "[ERROR] bundle endpoint is not believed, and there is no bundle yet: ") {
+			t.Errorf("got\n%s\nwant an error that says so", log)
+		}
+	})
+}
+
 func TestTheWrongServerIsAnErrorAtOnce(t *testing.T) {
 	inScene(t, nil, func(t *testing.T, s *scene) {
 		b := bundle(t, theirs, 4, time.Minute, s.server)
@@ -328,7 +340,7 @@ func TestTheWrongServerIsAnErrorAtOnce(t *testing.T) {
 		if !errors.Is(st.Err, ErrWrongServer) || !st.Bundle.Equal(b) {
 			t.Errorf("got %+v, want the last good bundle and ErrWrongServer", st)
 		}
-		if log := s.log.String(); !strings.Contains(log, "[ERROR] bundle is not believed") || !strings.Contains(log, "url=https://theirs.example/") {
+		if log := s.log.String(); !strings.Contains(log, "[ERROR] bundle endpoint is not believed, the last good bundle stays: ") || !strings.Contains(log, "url=https://theirs.example/") {
 			t.Errorf("got\n%s\nwant an error that names the URL", log)
 		}
 	})
@@ -405,6 +417,9 @@ func TestAMirrorWaitsForItsOwnTrustDomain(t *testing.T) {
 		time.Sleep(time.Hour + time.Second)
 		if st := s.status(t); !errors.Is(st.Err, ErrNoTrust) {
 			t.Fatalf("got %+v, want ErrNoTrust", st)
+		}
+		if log := s.log.String(); !strings.Contains(log, "[ERROR] bundle endpoint cannot be verified: ") || !strings.Contains(log, "deputy bundle set third.example") || strings.Contains(log, "last good") {
+			t.Errorf("got\n%s\nwant it said what to do, and nothing of a bundle that is not there", log)
 		}
 		if err := s.store.SetFederated(bundle(t, third, 1, 0, thirds)); err != nil {
 			t.Fatal(err)

@@ -70,11 +70,16 @@ var serials int64
 
 func newCA(t testing.TB) *ca {
 	t.Helper()
+	return newCAUntil(t, time.Now().Add(1000*time.Hour))
+}
+
+func newCAUntil(t testing.TB, end time.Time) *ca {
+	t.Helper()
 	k := mustKey(t)
 	serials++
 	template := &x509.Certificate{
 		SerialNumber: big.NewInt(serials), Subject: pkix.Name{CommonName: "CA", SerialNumber: big.NewInt(serials).String()},
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(1000 * time.Hour),
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: end,
 		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
 	}
 	return &ca{sign(t, template, template, k.Public(), k), k}

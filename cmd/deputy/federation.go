@@ -174,7 +174,8 @@ func newFederationList(out *output, e *endpoints) *cobra.Command {
 		Short: "List the trust domains that are followed, and how that goes",
 		Long: `Lists the trust domains that the configuration federates with: the sequence number
 of the bundle in force, when its endpoint answered last since the daemon started,
-when it is asked again, and why it could not be fetched the last time.`,
+and when it is asked again. STATE is fine, failing, or stale: so often failed that
+the bundle may lack keys by now. Why it failed the last time stands below.`,
 		Example: "  sudo deputy federation list",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -202,7 +203,19 @@ when it is asked again, and why it could not be fetched the last time.`,
 					fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", r.Relationship.TrustDomain, profile, sequence,
 						moment(r.FetchedAt, "never"), moment(r.NextAt, "now"), relationshipState(r), plain(r.Relationship.BundleEndpointUrl))
 				}
-				return w.Flush()
+				if err := w.Flush(); err != nil {
+					return err
+				}
+				for _, r := range all.Relationships {
+					if r.Error == "" {
+						continue
+					}
+					n := int(r.Failures)
+					if _, err := fmt.Fprintf(out.w, "%s: %d %s: %s\n", r.Relationship.TrustDomain, n, plural(n, "failure", "failures"), plain(r.Error)); err != nil {
+						return err
+					}
+				}
+				return nil
 			})
 		},
 	}
@@ -240,9 +253,9 @@ func moment(epoch int64, none string) string {
 func relationshipState(r *adminv1.Relationship) string {
 	switch {
 	case r.Stale:
-		return fmt.Sprintf("stale, %d failures: %s", r.Failures, plain(r.Error))
+		return "stale"
 	case r.Failures > 0:
-		return fmt.Sprintf("failing, %d: %s", r.Failures, plain(r.Error))
+		return "failing"
 	}
 	return "fine"
 }

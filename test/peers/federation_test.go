@@ -154,7 +154,7 @@ func TestFederationByTheWebAsThePageSays(t *testing.T) {
 	if err := refresh(); err == nil || !strings.Contains(err.Error(), "server is not the bundle endpoint") {
 		t.Errorf("got %v, want that it is the wrong server", err)
 	}
-	if got := list(); !strings.Contains(got, "failing, 1: server is not the bundle endpoint") {
+	if got := list(); !strings.Contains(got, "two.example: 1 failure: server is not the bundle endpoint") {
 		t.Errorf("got %q, want the failure", got)
 	}
 	if got, want := show(one), show(two); got != want {

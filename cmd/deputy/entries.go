@@ -5,11 +5,13 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/deputy-id/deputy/attestor"
 	"github.com/deputy-id/deputy/conf"
 	"github.com/deputy-id/deputy/plugins/claims"
 	"github.com/deputy-id/deputy/svid/federation"
+	"github.com/deputy-id/deputy/svid/local"
 	"github.com/deputy-id/deputy/svid/registry"
 )
 
@@ -41,12 +43,27 @@ func load(file string) (*settings, error) {
 		problems = append(problems, s.readClaims()...)
 		problems = append(problems, s.readFederation()...)
 	}
+	s.outlive()
 	s.warnings.Sort()
 	if len(problems) > 0 {
 		problems.Sort()
 		return s, problems
 	}
 	return s, nil
+}
+
+// outlive warns of a ca_ttl that the upstream cuts short. What is wrong with its
+// files is said where a CA is made.
+func (s *settings) outlive() {
+	if s.Config == nil || s.Authority.UpstreamCert.Value == "" {
+		return
+	}
+	a := s.Authority
+	end, err := local.Upstream{Cert: a.UpstreamCert.Value}.Ends()
+	if err != nil || time.Until(end) >= a.CATTL.Value {
+		return
+	}
+	s.warnings.Add(a.UpstreamCert.Range, "upstream_cert ends at %s, within a ca_ttl of %s: CAs and SVIDs end with it, and it has to be renewed before", stamp(end), a.CATTL.Value)
 }
 
 // check turns the entries into the registry's, and adds what attestors and

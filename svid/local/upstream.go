@@ -48,6 +48,16 @@ func CheckUpstream(o Options) error {
 	return err
 }
 
+// Ends returns when the first certificate of the chain above our CA ends, which
+// no CA of ours outlives.
+func (u Upstream) Ends() (end time.Time, err error) {
+	chain, err := readCertificates(u.Cert)
+	if err != nil {
+		return end, fmt.Errorf("read upstream certificate: %w", err)
+	}
+	return slices.MinFunc(chain, func(a, b *x509.Certificate) int { return a.NotAfter.Compare(b.NotAfter) }).NotAfter, nil
+}
+
 type upstream struct {
 	chain []*x509.Certificate
 	key   crypto.Signer

@@ -6,9 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math"
 	"os"
 	"slices"
 	"strconv"
+	"time"
 
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
@@ -210,7 +212,7 @@ func (a *admin) CreateEntry(ctx context.Context, in *adminv1.CreateEntryRequest)
 	if err != nil {
 		return nil, adminStatus(err)
 	}
-	return &adminv1.CreateEntryResponse{Entry: ourEntry(e)}, nil
+	return &adminv1.CreateEntryResponse{Entry: ourEntry(e), LongestTtl: a.s.longestTTL()}, nil
 }
 
 // create stores an entry. Without a parent it is this node's.
@@ -233,6 +235,14 @@ func (s *Server) noteEntry(message string, e registry.Entry) {
 	if why := registry.Weak(e); why != "" {
 		s.Log.Warn("weak entry", "entry", e.ID, "reason", why)
 	}
+}
+
+// longestTTL is in seconds; 0 where the authority is elsewhere.
+func (s *Server) longestTTL() int32 {
+	if s.Minter == nil {
+		return 0
+	}
+	return int32(min(s.Minter.LongestTTL()/time.Second, math.MaxInt32))
 }
 
 func (a *admin) read(in *adminv1.Entry) (registry.Entry, error) {
@@ -272,5 +282,5 @@ func (a *admin) UpdateEntry(ctx context.Context, in *adminv1.UpdateEntryRequest)
 		return nil, adminStatus(err)
 	}
 	a.s.noteEntry("entry updated", e)
-	return &adminv1.UpdateEntryResponse{Entry: ourEntry(e)}, nil
+	return &adminv1.UpdateEntryResponse{Entry: ourEntry(e), LongestTtl: a.s.longestTTL()}, nil
 }

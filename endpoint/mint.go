@@ -20,6 +20,7 @@ import (
 type minter interface {
 	MintX509(id spiffeid.ID, pub crypto.PublicKey, dnsNames []string, ttl time.Duration) ([]*x509.Certificate, error)
 	MintJWT(id spiffeid.ID, audience []string, ttl time.Duration) (svid.Token, error)
+	LongestTTL() time.Duration
 }
 
 // mint is SPIRE's SVID API as far as it is for administrators. What its agents

@@ -58,6 +58,7 @@ full ID.`,
 					return err
 				}
 				c.noteBundleless(ctx, cmd.ErrOrStderr(), resp.Entry)
+				f.noteTTLs(cmd.ErrOrStderr(), cmd.Flags(), resp.LongestTtl)
 				return printEntry(out, resp.Entry)
 			})
 		},
@@ -154,6 +155,7 @@ replaces all of its values; with an empty value it removes them.`,
 					return err
 				}
 				c.noteBundleless(ctx, cmd.ErrOrStderr(), resp.Entry)
+				f.noteTTLs(cmd.ErrOrStderr(), cmd.Flags(), resp.LongestTtl)
 				return printEntry(out, resp.Entry)
 			})
 		},

@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"io"
 	"strings"
 	"time"
 
@@ -22,8 +23,8 @@ type entryFlags struct {
 
 func (f *entryFlags) add(flags *pflag.FlagSet) {
 	flags.StringArrayVar(&f.selectors, "selector", nil, "`selector` that a process must have; may be repeated")
-	flags.DurationVar(&f.x509TTL, "x509-ttl", 0, "life of X.509-SVIDs, whole seconds (0s: the daemon's default)")
-	flags.DurationVar(&f.jwtTTL, "jwt-ttl", 0, "life of JWT-SVIDs, whole seconds (0s: the daemon's default)")
+	flags.DurationVar(&f.x509TTL, "x509-ttl", 0, "life of X.509-SVIDs, whole seconds (0s: the daemon's default); at most a sixth of ca_ttl is issued")
+	flags.DurationVar(&f.jwtTTL, "jwt-ttl", 0, "life of JWT-SVIDs, whole seconds (0s: the daemon's default); likewise")
 	flags.StringArrayVar(&f.dnsNames, "dns-name", nil, "DNS `name` of the X.509-SVID; may be repeated")
 	flags.StringVar(&f.hint, "hint", "", "a `word` that tells the process what the identity is for")
 	flags.StringArrayVar(&f.federatesWith, "federates-with", nil, "`trust domain` whose bundle the process gets; may be repeated")
@@ -83,6 +84,19 @@ func (f *entryFlags) apply(flags *pflag.FlagSet, e *adminv1.Entry) (err error) {
 		e.Entry.AdditionalAttributes.JwtSvidIncludeJti = f.jwtFresh
 	}
 	return err
+}
+
+// noteTTLs warns of lives that were asked for and that no SVID will have.
+func (f *entryFlags) noteTTLs(notes io.Writer, flags *pflag.FlagSet, longest int32) {
+	most := time.Duration(longest) * time.Second
+	for _, t := range []struct {
+		name string
+		ttl  time.Duration
+	}{{"x509-ttl", f.x509TTL}, {"jwt-ttl", f.jwtTTL}} {
+		if most > 0 && flags.Changed(t.name) && t.ttl > most {
+			fmt.Fprintf(notes, "deputy: warning: --%s %s is longer than an SVID of this daemon lives: %s, a sixth of ca_ttl\n", t.name, t.ttl, most)
+		}
+	}
 }
 
 func parseSelectors(texts []string) ([]*types.Selector, error) {

@@ -298,8 +298,11 @@ func (a *Authority) limit(ttl, byDefault time.Duration) time.Duration {
 	if ttl <= 0 {
 		ttl = byDefault
 	}
-	return min(max(ttl, minTTL), a.o.CATTL/share)
+	return min(max(ttl, minTTL), a.LongestTTL())
 }
+
+// LongestTTL is what longer TTLs are cut to.
+func (a *Authority) LongestTTL() time.Duration { return a.o.CATTL / share }
 
 // issuer returns what signs now. Where that has ended, because the clock
 // jumped or the machine slept, it rotates first.

@@ -727,8 +727,11 @@ func (x *CreateEntryRequest) GetEntry() *Entry {
 }
 
 type CreateEntryResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Entry         *Entry                 `protobuf:"bytes,1,opt,name=entry,proto3" json:"entry,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Entry *Entry                 `protobuf:"bytes,1,opt,name=entry,proto3" json:"entry,omitempty"`
+	// The longest that an SVID lives, in seconds, whatever an entry asks for; 0:
+	// the authority has no such bound, or does not say.
+	LongestTtl    int32 `protobuf:"varint,2,opt,name=longest_ttl,json=longestTtl,proto3" json:"longest_ttl,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -768,6 +771,13 @@ func (x *CreateEntryResponse) GetEntry() *Entry {
 		return x.Entry
 	}
 	return nil
+}
+
+func (x *CreateEntryResponse) GetLongestTtl() int32 {
+	if x != nil {
+		return x.LongestTtl
+	}
+	return 0
 }
 
 type UpdateEntryRequest struct {
@@ -816,8 +826,11 @@ func (x *UpdateEntryRequest) GetEntry() *Entry {
 }
 
 type UpdateEntryResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Entry         *Entry                 `protobuf:"bytes,1,opt,name=entry,proto3" json:"entry,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Entry *Entry                 `protobuf:"bytes,1,opt,name=entry,proto3" json:"entry,omitempty"`
+	// The longest that an SVID lives, in seconds, whatever an entry asks for; 0:
+	// the authority has no such bound, or does not say.
+	LongestTtl    int32 `protobuf:"varint,2,opt,name=longest_ttl,json=longestTtl,proto3" json:"longest_ttl,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -857,6 +870,13 @@ func (x *UpdateEntryResponse) GetEntry() *Entry {
 		return x.Entry
 	}
 	return nil
+}
+
+func (x *UpdateEntryResponse) GetLongestTtl() int32 {
+	if x != nil {
+		return x.LongestTtl
+	}
+	return 0
 }
 
 type ProfileRequest struct {
@@ -996,13 +1016,17 @@ const file_deputy_admin_v1_admin_proto_rawDesc = "" +
 	"\x13ListEntriesResponse\x120\n" +
 	"\aentries\x18\x01 \x03(\v2\x16.deputy.admin.v1.EntryR\aentries\"B\n" +
 	"\x12CreateEntryRequest\x12,\n" +
-	"\x05entry\x18\x01 \x01(\v2\x16.deputy.admin.v1.EntryR\x05entry\"C\n" +
+	"\x05entry\x18\x01 \x01(\v2\x16.deputy.admin.v1.EntryR\x05entry\"d\n" +
 	"\x13CreateEntryResponse\x12,\n" +
-	"\x05entry\x18\x01 \x01(\v2\x16.deputy.admin.v1.EntryR\x05entry\"B\n" +
+	"\x05entry\x18\x01 \x01(\v2\x16.deputy.admin.v1.EntryR\x05entry\x12\x1f\n" +
+	"\vlongest_ttl\x18\x02 \x01(\x05R\n" +
+	"longestTtl\"B\n" +
 	"\x12UpdateEntryRequest\x12,\n" +
-	"\x05entry\x18\x01 \x01(\v2\x16.deputy.admin.v1.EntryR\x05entry\"C\n" +
+	"\x05entry\x18\x01 \x01(\v2\x16.deputy.admin.v1.EntryR\x05entry\"d\n" +
 	"\x13UpdateEntryResponse\x12,\n" +
-	"\x05entry\x18\x01 \x01(\v2\x16.deputy.admin.v1.EntryR\x05entry\"\xe4\x01\n" +
+	"\x05entry\x18\x01 \x01(\v2\x16.deputy.admin.v1.EntryR\x05entry\x12\x1f\n" +
+	"\vlongest_ttl\x18\x02 \x01(\x05R\n" +
+	"longestTtl\"\xe4\x01\n" +
 	"\x0eProfileRequest\x128\n" +
 	"\x04kind\x18\x01 \x01(\x0e2$.deputy.admin.v1.ProfileRequest.KindR\x04kind\x12\x18\n" +
 	"\aseconds\x18\x02 \x01(\x05R\aseconds\"~\n" +

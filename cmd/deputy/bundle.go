@@ -64,7 +64,7 @@ func newBundleShow(out *output, e *endpoints) *cobra.Command {
 					}
 					if td.Name() != b.TrustDomain {
 						if b, err = c.GetFederatedBundle(ctx, &bundlev1.GetFederatedBundleRequest{TrustDomain: td.Name()}); err != nil {
-							return err
+							return fmt.Errorf("bundle of %s: %w", td, err)
 						}
 					}
 				}

@@ -263,7 +263,7 @@ func oneEntry(ctx context.Context, c adminClient, id string) (*adminv1.Entry, er
 	}
 	resp, err := c.ListEntries(ctx, &adminv1.ListEntriesRequest{Id: id})
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("entry %s: %w", plain(id), err)
 	}
 	if len(resp.Entries) != 1 {
 		return nil, fmt.Errorf("no entry %s", id)

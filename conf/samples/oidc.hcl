@@ -16,7 +16,7 @@ oidc_discovery {
   address = "0.0.0.0:8444"
 
   # For the host in jwt_issuer, from a CA that the relying parties trust. Both
-  # files are read again when they change.
+  # files are looked at again when somebody connects.
   cert_file = "/etc/deputy/tls/issuer.crt"
   key_file  = "/etc/deputy/tls/issuer.key"
 }

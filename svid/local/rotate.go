@@ -46,7 +46,7 @@ func (a *Authority) Run(ctx context.Context) error {
 		} else {
 			retry = retryFirst
 			a.mu.Lock()
-			wait = min(max(a.state.next(now).Sub(now.Round(0)), time.Millisecond), lookAgain)
+			wait = min(max(a.state.next(now, a.o.CATTL).Sub(now.Round(0)), time.Millisecond), lookAgain)
 			a.mu.Unlock()
 		}
 		timer.Reset(wait)
@@ -131,7 +131,7 @@ func (a *Authority) rotateLocked(now time.Time) error {
 		next.WIT.retire(ended)
 	}
 	for _, k := range kinds {
-		forced, err := k.slots.step(now, ended, k.fits, k.make)
+		forced, err := k.slots.step(now, a.o.CATTL, ended, k.fits, k.make)
 		if err != nil && failed == nil {
 			failed = fmt.Errorf("rotate %s key: %w", k.name, err)
 		}

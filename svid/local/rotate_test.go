@@ -82,6 +82,54 @@ func TestWhatTheLogSaysOfARotation(t *testing.T) {
 	})
 }
 
+// Keys keep the life that they were made for; the configured one is the next's.
+func TestAnotherCATTLCountsFromTheNextKeyOn(t *testing.T) {
+	for _, c := range []struct{ ttl, prepared, signs time.Duration }{
+		{time.Hour, 23*time.Hour + time.Second, 23*time.Hour + 36*time.Minute},
+		{13 * time.Hour, 12 * time.Hour, 20 * time.Hour},
+		{48 * time.Hour, 12 * time.Hour, 20 * time.Hour},
+	} {
+		t.Run(c.ttl.String(), func(t *testing.T) {
+			bubble.Test(t, func(t *testing.T) {
+				dir := t.TempDir()
+				first := open(t, Options{DataDir: dir, CATTL: 24 * time.Hour})
+				begin, active := first.state.X509.Active.Created, first.state.X509.Active.ID
+				first.Close()
+				var log bytes.Buffer
+				a := open(t, Options{DataDir: dir, CATTL: c.ttl, Log: hclog.New(&hclog.LoggerOptions{Output: &log})})
+				ctx, cancel := context.WithCancel(t.Context())
+				done := make(chan error)
+				go func() { done <- a.Run(ctx) }()
+				at := func(d time.Duration, prepared, signs bool) {
+					t.Helper()
+					time.Sleep(time.Until(begin.Add(d)))
+					bubble.Wait()
+					a.mu.Lock()
+					x := a.state.X509
+					a.mu.Unlock()
+					if prepared != (x.Prepared != nil) || signs != (x.Active.ID != active) {
+						t.Errorf("after %s: got prepared %t and another one that signs %t, want %t and %t", d, x.Prepared != nil, x.Active.ID != active, prepared, signs)
+					}
+				}
+				at(c.prepared-2*time.Second, false, false)
+				at(c.prepared+time.Second, true, false)
+				at(c.signs-time.Second, true, false)
+				cancel()
+				<-done
+				if strings.Contains(log.String(), "[WARN]") {
+					t.Errorf("got warnings:\n%s", &log)
+				}
+				if err := a.rotate(begin.Add(c.signs + time.Second)); err != nil || a.state.X509.Active.ID == active {
+					t.Errorf("after %s: got %v and the first key, want the next", c.signs, err)
+				}
+				if got := a.state.X509.Active.life(); got != c.ttl {
+					t.Errorf("got a key that lives %s, want %s", got, c.ttl)
+				}
+			})
+		})
+	}
+}
+
 // At every moment of a week, what is alive verifies by the bundle of now and
 // by every bundle that is not older than a third of the CA's life.
 func TestRotationNeverLeavesALiveSVIDUnverifiable(t *testing.T) {
@@ -568,7 +616,7 @@ func TestRefreshHintFitsTheRotation(t *testing.T) {
 		}
 		got := bundleOf(a).RefreshHint
 		ca := a.state.X509.Active
-		early := ca.activateAt(&slot{Created: ca.prepareAt()}).Sub(ca.prepareAt())
+		early := ca.activateAt(&slot{Created: ca.prepareAt(a.o.CATTL)}).Sub(ca.prepareAt(a.o.CATTL))
 		if got != c.want || early < 3*got {
 			t.Errorf("CA life %s, hint %s: got %s, want %s; a new key is published for %s", c.ttl, c.hint, got, c.want, early)
 		}
@@ -739,7 +787,7 @@ func FuzzDecodeState(f *testing.F) {
 		if s2, err := decodeState(again, td); err != nil || !s2.equal(s) {
 			t.Errorf("got %v after a round trip", err)
 		}
-		s.next(time.Now())
+		s.next(time.Now(), time.Hour)
 	})
 }
 

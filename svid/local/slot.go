@@ -41,8 +41,16 @@ func (s *slot) usable(now time.Time) bool {
 
 func (s *slot) life() time.Duration { return s.Expires.Sub(s.Created) }
 
-// prepareAt is when the next key is to be made.
-func (s *slot) prepareAt() time.Time { return s.Created.Add(s.life() / 2) }
+// prepareAt is when the next key is to be made, which lives for ttl: at half of
+// the life of s, or later where that is so much shorter by now that the next key
+// would end first.
+func (s *slot) prepareAt(ttl time.Duration) time.Time {
+	half, outlives := s.Created.Add(s.life()/2), s.Expires.Add(time.Second-ttl)
+	if outlives.After(half) {
+		return outlives
+	}
+	return half
+}
 
 // activateAt is when next is to sign instead of s: a third of the life of s
 // after it was published, which is at five sixths of that life if it was made
@@ -109,7 +117,7 @@ func (s *slots) take(now, after time.Time, fits func(*slot) bool) *slot {
 // half, and serves again when the clock is right. Only what has ended for sure
 // is dropped. A key that does not fit the configuration is followed by one that
 // does as soon as that is known well enough.
-func (s *slots) step(now time.Time, ended, fits func(*slot) bool, make func(time.Time) (*slot, error)) (forced bool, err error) {
+func (s *slots) step(now time.Time, ttl time.Duration, ended, fits func(*slot) bool, make func(time.Time) (*slot, error)) (forced bool, err error) {
 	s.Old = slices.DeleteFunc(slices.Clone(s.Old), ended)
 	keep := func(o *slot) {
 		if !ended(o) {
@@ -139,7 +147,7 @@ func (s *slots) step(now time.Time, ended, fits func(*slot) bool, make func(time
 			return forced, err
 		}
 	}
-	if s.Prepared == nil && (!now.Before(s.Active.prepareAt()) || !fits(s.Active)) {
+	if s.Prepared == nil && (!now.Before(s.Active.prepareAt(ttl)) || !fits(s.Active)) {
 		next := s.take(now, s.Active.Expires, fits)
 		if next == nil {
 			if next, err = make(now); err != nil {
@@ -193,8 +201,8 @@ func (s *slots) tell(log hclog.Logger, was *slots) {
 
 // next is when the next step is due, as far as the time of day says. What has
 // passed its end and is kept is for the looks between to drop.
-func (s *slots) next(now time.Time) time.Time {
-	at := s.Active.prepareAt()
+func (s *slots) next(now time.Time, ttl time.Duration) time.Time {
+	at := s.Active.prepareAt(ttl)
 	if s.Prepared != nil {
 		at = s.Active.activateAt(s.Prepared)
 	}

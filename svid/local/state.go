@@ -31,13 +31,14 @@ type state struct {
 	WIT       slots // none, or none that signs, where WIT-SVIDs are off
 }
 
-func (s *state) next(now time.Time) time.Time {
-	at := s.X509.next(now)
+// next is when the next step is due; ttl is the life of new keys.
+func (s *state) next(now time.Time, ttl time.Duration) time.Time {
+	at := s.X509.next(now, ttl)
 	for _, k := range []*slots{&s.JWT, &s.WIT} {
 		if k.Active == nil {
 			continue
 		}
-		if t := k.next(now); t.Before(at) {
+		if t := k.next(now, ttl); t.Before(at) {
 			at = t
 		}
 	}

@@ -97,10 +97,7 @@ func (w *wire) write(frames func() error) {
 func (w *wire) listen() {
 	for {
 		frame, err := w.fr.ReadFrame()
-		w.mu.Lock()
-		switch frame := frame.(type) {
-		case nil:
-			w.gone = err
+		switch frame := frame.(type) { // while mu is free: who writes may want it
 		case *http2.SettingsFrame:
 			if !frame.IsAck() {
 				w.write(w.fr.WriteSettingsAck)
@@ -109,6 +106,11 @@ func (w *wire) listen() {
 			if !frame.IsAck() {
 				w.write(func() error { return w.fr.WritePing(true, frame.Data) })
 			}
+		}
+		w.mu.Lock()
+		switch frame := frame.(type) {
+		case nil:
+			w.gone = err
 		case *http2.WindowUpdateFrame:
 			w.room[frame.StreamID] += int(frame.Increment)
 		case *http2.MetaHeadersFrame:

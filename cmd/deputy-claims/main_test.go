@@ -57,7 +57,7 @@ func TestCommands(t *testing.T) {
 		"check for none":              {[]string{"check", "--trust-domain", "A B", one}, 2, "", "deputy-claims: --trust-domain: trust domain characters are limited to lowercase letters, numbers, dots, dashes, and underscores\n"},
 		"check's help":                {[]string{"check", "--help"}, 0, help, ""},
 		"check nothing":               {[]string{"check"}, 2, "", "deputy-claims: check takes one file\n"},
-		"check what is wrong":         {[]string{"check", bad}, 1, "", bad + ":1:6: pattern \"/a/..\": segment \"..\": path cannot contain dot segments\n" + bad + ":2:1: unknown key \"owner\" in the rules; there are claim_name, on_error, rules_file and unmapped\n"},
+		"check what is wrong":         {[]string{"check", bad}, 1, "", bad + ":1:6: pattern \"/a/..\": segment \"..\": path cannot contain dot segments\n" + bad + ":2:1: unknown key \"owner\" in the rules; there are claim_name, on_error, rules_file and unmapped, and the block rule\n"},
 		"check what is not there":     {[]string{"check", missing}, 1, "", "deputy-claims: open " + missing + ": no such file or directory\n"},
 		"show": {[]string{"show", good, "spiffe://example.org/agent/x"}, 0,
 			`{"delegation":{"v":1,"depth":1,"act":{"sub":"spiffe://example.org/agent/x"},"owner":"<x>"},"x509":{"dns_names":["x.example"]}}`, ""},
@@ -127,7 +127,13 @@ func TestThePageHasEveryKey(t *testing.T) {
 		if !ok {
 			t.Fatalf("%s: got %q", in, stderr)
 		}
-		for key := range strings.SplitSeq(strings.ReplaceAll(known, " and ", ", "), ", ") {
+		keys, blocks, _ := strings.Cut(known, ", and the block")
+		for _, block := range strings.Split(strings.TrimLeft(blocks, "s "), " and ") {
+			if !strings.Contains(section, fmt.Sprintf("`%s", block)) {
+				t.Errorf("the block %s is not in the page", block)
+			}
+		}
+		for key := range strings.SplitSeq(strings.ReplaceAll(keys, " and ", ", "), ", ") {
 			if !strings.Contains(section, fmt.Sprintf("| `%s` |", key)) {
 				t.Errorf("%s is not in the page", key)
 			}

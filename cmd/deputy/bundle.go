@@ -126,6 +126,9 @@ func newBundleSet(out *output, e *endpoints) *cobra.Command {
 			if err != nil {
 				return err
 			}
+			if err := named(cmd, "format", "path"); err != nil {
+				return err
+			}
 			if format != "" {
 				if err := checkFormat(format); err != nil {
 					return err

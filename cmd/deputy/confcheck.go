@@ -24,6 +24,9 @@ succeeds.`,
 		Example: "  deputy conf check /etc/deputy/deputy.hcl",
 		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if args[0] == "" { // no file is what run has defaults for
+				return usage(errors.New("conf check: the name of the file is empty"))
+			}
 			s, err := load(args[0])
 			if s != nil {
 				// Which bundles were set by hand only the daemon knows.

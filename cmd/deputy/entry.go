@@ -38,6 +38,10 @@ full ID.`,
 		Example: `  sudo deputy entry create /agent/researcher --selector cgroup:unit:researcher.service --selector process:leader:true`,
 		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			// An entry without audiences may have any.
+			if err := named(cmd, "audience", "dns-name", "federates-with", "hint"); err != nil {
+				return err
+			}
 			id, err := parseID(args[0])
 			if err != nil {
 				return err
@@ -77,6 +81,9 @@ func newEntryList(out *output, e *endpoints) *cobra.Command {
   sudo deputy entry list --selector unix:uid:1000`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := named(cmd, "spiffe-id"); err != nil {
+				return err
+			}
 			wanted, err := parseSelectors(selectors)
 			if err != nil {
 				return err

@@ -23,8 +23,8 @@ type entryFlags struct {
 
 func (f *entryFlags) add(flags *pflag.FlagSet) {
 	flags.StringArrayVar(&f.selectors, "selector", nil, "`selector` that a process must have; may be repeated")
-	flags.DurationVar(&f.x509TTL, "x509-ttl", 0, "life of X.509-SVIDs, whole seconds (0s: the daemon's default); at most a sixth of ca_ttl is issued")
-	flags.DurationVar(&f.jwtTTL, "jwt-ttl", 0, "life of JWT-SVIDs, whole seconds (0s: the daemon's default); likewise")
+	flags.DurationVar(&f.x509TTL, "x509-ttl", 0, "life of X.509-SVIDs, whole seconds (0s: the daemon's default); at most a sixth of ca_ttl")
+	flags.DurationVar(&f.jwtTTL, "jwt-ttl", 0, "life of JWT-SVIDs, whole seconds (0s: the daemon's default); at most a sixth of ca_ttl")
 	flags.StringArrayVar(&f.dnsNames, "dns-name", nil, "DNS `name` of the X.509-SVID; may be repeated")
 	flags.StringVar(&f.hint, "hint", "", "a `word` that tells the process what the identity is for")
 	flags.StringArrayVar(&f.federatesWith, "federates-with", nil, "`trust domain` whose bundle the process gets; may be repeated")

@@ -70,6 +70,10 @@ with the process. A deputy exec that is killed takes the command with it.`,
   sudo deputy exec --name researcher --user alice --entry /agent/researcher -- python3 agent.py`,
 		Args: cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			// An empty user would be root, an empty name nobody.
+			if err := named(cmd, "name", "user", "entry"); err != nil {
+				return err
+			}
 			c := &command{endpoints: &e, name: name, entry: entry, args: args, env: os.Environ()}
 			return c.run(cmd.Context(), account)
 		},

@@ -39,7 +39,7 @@ func newFetchX509(out *output, e *endpoints) *cobra.Command {
   deputy fetch x509 --write /run/agent    # svid.0.pem, svid.0.key, bundle.0.pem`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := named(cmd, "write"); err != nil {
+			if err := named(cmd, "write", "spiffe-id", "hint"); err != nil {
 				return err
 			}
 			if err := c.check(); err != nil {
@@ -82,7 +82,7 @@ line, the default identity's first.`,
 			if len(audience) == 0 {
 				return usage(errors.New("fetch jwt needs an --audience"))
 			}
-			if err := named(cmd, "write"); err != nil {
+			if err := named(cmd, "audience", "write", "spiffe-id"); err != nil {
 				return err
 			}
 			if err := checkID(id); err != nil {

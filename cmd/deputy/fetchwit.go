@@ -21,7 +21,7 @@ configuration says experimental { wit_svid = true }.`,
   deputy fetch wit --write /run/agent    # wit_svid.0.jwk, wit_svid.0.token`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := named(cmd, "write"); err != nil {
+			if err := named(cmd, "write", "spiffe-id"); err != nil {
 				return err
 			}
 			if err := checkID(id); err != nil {

@@ -52,7 +52,7 @@ notify the command is ready when the files are there.`,
   deputy watch --write /run/db --group postgres --exec 'pg_ctlcluster 15 main reload'`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := named(cmd, "write", "group", "signal", "exec"); err != nil {
+			if err := named(cmd, "write", "group", "signal", "exec", "spiffe-id", "hint"); err != nil {
 				return err
 			}
 			if err := c.check(); err != nil {

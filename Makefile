@@ -8,9 +8,9 @@ LDFLAGS := -s -w -X main.version=$(VERSION)
 STATIC  := CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)'
 FUZZ    ?= 20s
 
-# Where the peers' tests, too, keep what they build; the version is that of test/peers/spire/go.mod.
+# Where the peers' tests, too, keep what they build.
 SPIRE         := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/deputy-peers
-SPIRE_VERSION := 1.15.3
+SPIRE_VERSION := $(shell awk '$$1 == "github.com/spiffe/spire" { print substr($$2, 2) }' test/peers/spire/go.mod)
 
 .DEFAULT_GOAL := help
 .PHONY: help build demo test prerequisites test-clients lint race peers fuzz bench bench-peers proto clean

@@ -11,7 +11,7 @@ import (
 	"github.com/deputy-id/deputy/test/loopback"
 )
 
-// spireVersion is that of test/peers.
+// spireVersion is that of test/peers/spire/go.mod.
 const spireVersion = "1.15.3"
 
 // spireBinaries are SPIRE's server and agent as `make bench-peers` builds them.

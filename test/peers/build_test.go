@@ -17,16 +17,14 @@ import (
 	"github.com/deputy-id/deputy/test/process"
 )
 
-// spireVersion is that of spire/go.mod.
-const spireVersion = "1.15.3"
-
 // spireServer builds SPIRE's server, whose command line is a client of the
 // admin socket, once for this machine.
 var spireServer = sync.OnceValues(func() (string, error) { return buildSPIRE("server") })
 
 func buildSPIRE(part string) (string, error) {
+	const module = "github.com/spiffe/spire"
 	name := "spire-" + part
-	return buildIn("spire", name+"-"+spireVersion, "github.com/spiffe/spire/cmd/"+name)
+	return buildAlone("spire", name, module, module+"/cmd/"+name)
 }
 
 // cached is the path of what is made once for this machine: in the user's cache
@@ -39,16 +37,16 @@ func cached(name string) string {
 	return filepath.Join(cache, "deputy-peers", name)
 }
 
-// buildAlone builds a program that the module in the directory of its name
-// pins, with what it requires and nobody else.
-func buildAlone(name, module, pkg string) (string, error) {
+// buildAlone builds a program of the version that the module in a directory
+// pins, with what that requires and nobody else.
+func buildAlone(dir, name, module, pkg string) (string, error) {
 	cmd := exec.Command("go", "list", "-m", "-f", "{{.Version}}", module)
-	cmd.Dir = name
+	cmd.Dir = dir
 	version, err := cmd.Output()
 	if err != nil {
 		return "", fmt.Errorf("read the version of %s: %w", module, err)
 	}
-	return buildIn(name, name+"-"+strings.TrimPrefix(strings.TrimSpace(string(version)), "v"), pkg)
+	return buildIn(dir, name+"-"+strings.TrimPrefix(strings.TrimSpace(string(version)), "v"), pkg)
 }
 
 // buildIn keeps a binary in the user's cache directory, under a name that holds

@@ -23,7 +23,7 @@ import (
 // ghostunnel is built with C: at 1.8.4 it does not compile without.
 var ghostunnel = sync.OnceValues(func() (string, error) {
 	const module = "github.com/ghostunnel/ghostunnel"
-	return buildAlone("ghostunnel", module, module)
+	return buildAlone("ghostunnel", "ghostunnel", module, module)
 })
 
 // tunnels are the two command lines of the page, and where the test has put

@@ -27,7 +27,7 @@ import (
 
 var spiffeHelper = sync.OnceValues(func() (string, error) {
 	const module = "github.com/spiffe/spiffe-helper"
-	return buildAlone("spiffe-helper", module, module+"/cmd/spiffe-helper")
+	return buildAlone("spiffe-helper", "spiffe-helper", module, module+"/cmd/spiffe-helper")
 })
 
 // identity reads the files that the page names, and wants them to fit together.

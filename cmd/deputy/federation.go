@@ -59,6 +59,9 @@ func (s *settings) readFederation() (problems conf.Problems) {
 // bundleless warns of entries that federate with a trust domain whose bundle
 // nobody brings: no block follows it, and it is not here by hand.
 func (s *settings) bundleless(here func(spiffeid.TrustDomain) bool) (warnings conf.Problems) {
+	if s.Config == nil {
+		return nil // nothing could be read
+	}
 	for _, e := range s.Entries {
 		for _, td := range e.FederatesWith {
 			followed := s.Federation != nil && slices.ContainsFunc(s.Federation.FederatesWith, func(w conf.FederatesWith) bool {

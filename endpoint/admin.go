@@ -28,8 +28,8 @@ import (
 // newAdmin returns the server of the administrators' socket. What they say is
 // not counted, as their connections are not.
 func (s *Server) newAdmin() *grpc.Server {
-	g := s.newGate(&handshaker{s: s, accept: s.acceptAdmin}, s.guard, denyAdmin)
-	g.most = maxBatch
+	g := s.newGate(&handshaker{s: s, accept: s.acceptAdmin}, s.admitAdmin, denyAdmin)
+	g.most, g.still = maxBatch, s.guard
 	entryv1.RegisterEntryServer(g, &entries{s: s})
 	bundlev1.RegisterBundleServer(g, &bundles{s: s})
 	svidv1.RegisterSVIDServer(g, &mint{s: s})
@@ -123,16 +123,20 @@ func (s *Server) inAdminGroup(l *link) (bool, error) {
 	return false, nil
 }
 
-// guard lets administrators in, and counts them for nobody.
-func (s *Server) guard(ctx context.Context, _ string) (*account, error) {
+// admitAdmin lets administrators in, and counts them for nobody.
+func (s *Server) admitAdmin(ctx context.Context, _ string) (*account, error) {
+	return nil, s.guard(ctx)
+}
+
+func (s *Server) guard(ctx context.Context) error {
 	l := linkOf(ctx)
 	switch {
 	case l == nil:
-		return nil, errForeign
+		return errForeign
 	case l.refused != nil:
-		return nil, l.refused
+		return l.refused
 	}
-	return nil, s.check(l)
+	return s.check(l)
 }
 
 func denyAdmin(_ context.Context, _ string, err error) error { return adminStatus(err) }

@@ -2,6 +2,7 @@ package endpoint
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"fmt"
 	"io"
@@ -16,12 +17,20 @@ import (
 	secretv3 "github.com/envoyproxy/go-control-plane/envoy/service/secret/v3"
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/deputy-id/deputy/attestor/peer"
+	adminv1 "github.com/deputy-id/deputy/proto/deputy/admin/v1"
 )
 
 // client is the test binary as another process. Its environment says what to
@@ -35,6 +44,7 @@ import (
 //	sdsexec:SOCKET the same, and execute another program once it has one
 //	pid:SOCKET     ask as a delegate for the process with its parent's number here, print the code
 //	lent:SOCKET    hold a delegate's stream, execute another program when it is told to
+//	half:SOCKET    begin to ask for an entry, and execute another program that ends the request and prints what it is told
 //	SOCKET         hold a stream, print a line for each message
 func client() int {
 	what, socket, ok := strings.Cut(os.Getenv("ENDPOINT_TEST_CLIENT"), ":")
@@ -44,6 +54,10 @@ func client() int {
 	if socket == "sleep" {
 		io.Copy(io.Discard, os.Stdin)
 		return 0
+	}
+	if what == "half" {
+		fmt.Println(half(socket))
+		return 1
 	}
 	c, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) {
@@ -99,6 +113,73 @@ func execute() int {
 	err := syscall.Exec("/bin/sh", []string{"sh", "-c", "echo executed; cat >/dev/null"}, nil)
 	fmt.Println(err)
 	return 1
+}
+
+// half does not return but for an error.
+func half(socket string) error {
+	conn, err := net.Dial("unix", socket)
+	if err != nil {
+		return err
+	}
+	entry, err := proto.Marshal(&adminv1.CreateEntryRequest{Entry: &adminv1.Entry{Entry: spire(func(*types.Entry) {})}})
+	if err != nil {
+		return err
+	}
+	// Before it stands so much that the daemon says when it has read that.
+	said := protowire.AppendBytes(protowire.AppendTag(nil, 99, protowire.BytesType), make([]byte, streamWindow/2))
+	said = append(said, entry...)
+	last := len(said) - 1
+	fr := http2.NewFramer(conn, conn)
+	io.WriteString(conn, http2.ClientPreface)
+	fr.WriteSettings()
+	for heard := false; !heard; {
+		frame, err := fr.ReadFrame()
+		if err != nil {
+			return err
+		}
+		switch f := frame.(type) {
+		case *http2.PingFrame:
+			if f.IsAck() {
+				continue
+			}
+			fr.WritePing(true, f.Data)
+			var b bytes.Buffer
+			e := hpack.NewEncoder(&b)
+			for _, f := range []hpack.HeaderField{
+				{Name: ":method", Value: "POST"}, {Name: ":scheme", Value: "http"}, {Name: ":path", Value: "/deputy.admin.v1.Admin/CreateEntry"},
+				{Name: ":authority", Value: "localhost"}, {Name: "content-type", Value: "application/grpc"}, {Name: "te", Value: "trailers"},
+			} {
+				e.WriteField(f)
+			}
+			fr.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: b.Bytes(), EndHeaders: true})
+			for from := announce(len(said), said[:last]...); len(from) > 0; {
+				n := min(len(from), 16<<10)
+				fr.WriteData(1, false, from[:n])
+				from = from[n:]
+			}
+		case *http2.WindowUpdateFrame:
+			heard = f.StreamID == 1
+		}
+	}
+	raw, err := conn.(*net.UnixConn).SyscallConn()
+	if err != nil {
+		return err
+	}
+	raw.Control(func(fd uintptr) { err = unix.Dup2(int(fd), 9) })
+	if err != nil {
+		return err
+	}
+	var end bytes.Buffer
+	http2.NewFramer(&end, nil).WriteData(1, true, said[last:])
+	script := fmt.Sprintf(`printf '%s' >&9; grep -a -o -m 1 -e '%s' -e '%s' <&9; cat >/dev/null`, octal(end.Bytes()), peer.ErrProgramChanged, domain)
+	return syscall.Exec("/bin/sh", []string{"sh", "-c", script}, os.Environ())
+}
+
+func octal(b []byte) (s string) {
+	for _, c := range b {
+		s += fmt.Sprintf(`\%03o`, c)
+	}
+	return s
 }
 
 func secretsClient(c *grpc.ClientConn, what string) int {

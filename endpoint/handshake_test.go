@@ -12,6 +12,7 @@ import (
 	"google.golang.org/grpc/codes"
 
 	"github.com/deputy-id/deputy/attestor"
+	"github.com/deputy-id/deputy/attestor/peer"
 	"github.com/deputy-id/deputy/svid/local"
 )
 
@@ -30,6 +31,16 @@ func TestConnectionEndsWhenItsProcessExecutesAnotherProgram(t *testing.T) {
 		defer w.budget.mu.Unlock()
 		return w.budget.conns == 0
 	})
+}
+
+// Nor is what the next program says heard as the rest of what the one before
+// began.
+func TestRequestOfAnAdministratorIsOfOneProgram(t *testing.T) {
+	w := start(t)
+	w.run("half:"+w.admin).says(t, peer.ErrProgramChanged.Error())
+	if set, _ := w.Registry.Set(); len(set.Entries()) > 0 {
+		t.Errorf("got %d entries, want none", len(set.Entries()))
+	}
 }
 
 func TestWhoMayAdminister(t *testing.T) {

@@ -24,6 +24,7 @@ type gate struct {
 	most   int // bytes of a message
 
 	admit admission
+	still func(context.Context) error // whether who was let in still is, when a message is there; nil where handlers ask
 	deny  denial
 }
 
@@ -92,7 +93,11 @@ func (g *gate) open(ctx context.Context, method string) (*incoming, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &incoming{from: from, most: g.most, budget: g.budget, account: a}, nil
+	in := &incoming{from: from, most: g.most, budget: g.budget, account: a}
+	if g.still != nil {
+		in.still = func() error { return g.still(ctx) }
+	}
+	return in, nil
 }
 
 // A source is where a call's bytes are read. gRPC's streams are that, without
@@ -108,6 +113,7 @@ type source interface {
 type incoming struct {
 	grpc.ServerStream      // nil for a unary call
 	more              bool // the client may say any number of messages
+	still             func() error
 	from              source
 	most              int
 	budget            *budget
@@ -132,6 +138,9 @@ const (
 // none on a stream that may have many.
 func (in *incoming) RecvMsg(v any) error {
 	body, err := in.next()
+	if err == nil && in.still != nil {
+		err = in.still()
+	}
 	if err != nil {
 		return err
 	}

@@ -168,7 +168,7 @@ func TestCallersAreCheckedBeforeTheyAreHeard(t *testing.T) {
 	}
 
 	refuse := func(l *link) error { l.refused = errForeign; return nil }
-	g := b.newGate(&handshaker{s: b.Server, accept: refuse}, b.guard, denyAdmin)
+	g := b.newGate(&handshaker{s: b.Server, accept: refuse}, b.admitAdmin, denyAdmin)
 	path := filepath.Join(t.TempDir(), "admin.sock")
 	l, err := peer.Listen(path, b.Processes, peer.Options{Mode: 0o666, Group: -1})
 	if err != nil {

@@ -81,6 +81,7 @@ type account struct {
 	names     atomic.Int64 // bytes
 	messages  atomic.Int64 // bytes
 	pins      atomic.Int64 // processes that are held for it
+	decoding  sync.Mutex   // of long messages
 
 	// Under budget.mu.
 	conns int // attributed to this account

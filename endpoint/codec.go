@@ -36,6 +36,16 @@ func (c codec) Marshal(v any) (mem.BufferSlice, error) {
 	return c.CodecV2.Marshal(v)
 }
 
+// decode reads a request of this owner. In memory it may take many times
+// what it is long, so an owner's long ones are read one after another.
+func (a *account) decode(body []byte, v any) error {
+	if a != nil && len(body) > freeMessage {
+		a.decoding.Lock()
+		defer a.decoding.Unlock()
+	}
+	return decode(body, v)
+}
+
 // decode reads a request, whose bytes are encoded's from then on.
 func decode(body []byte, v any) error {
 	switch v := v.(type) {

@@ -144,7 +144,7 @@ func (in *incoming) RecvMsg(v any) error {
 	if err != nil {
 		return err
 	}
-	return decode(body, v)
+	return in.account.decode(body, v)
 }
 
 func (in *incoming) next() ([]byte, error) {

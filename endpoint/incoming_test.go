@@ -7,6 +7,7 @@ import (
 	"runtime"
 	"strings"
 	"testing"
+	"time"
 
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
@@ -14,6 +15,7 @@ import (
 	"golang.org/x/net/http2"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/deputy-id/deputy/attestor"
@@ -77,6 +79,57 @@ func TestMessageInManyPiecesTakesWhatItIsLong(t *testing.T) {
 		t.Fatalf("got %v, want InvalidArgument", st)
 	}
 	eventually(t, "it takes that", func() bool { return int64(heap())-int64(before) < 2*length })
+}
+
+// A message may be many times as large when it is read as it was.
+func TestLongMessagesAreReadOneAfterAnother(t *testing.T) {
+	const calls = 12
+	extensions := bytes.Repeat([]byte{0x4a, 0}, maxMessage/2-8)
+	body := protowire.AppendBytes(protowire.AppendTag(nil, 2, protowire.BytesType), extensions) // of a node
+	before := heap()
+	in := new(discoveryv3.DiscoveryRequest)
+	if err := proto.Unmarshal(body, in); err != nil {
+		t.Fatal(err)
+	}
+	one := heap() - before
+	runtime.KeepAlive(in)
+
+	w := start(t)
+	c := w.wire(w.socket)
+	var asked []uint32
+	said := announce(len(body), body...)
+	for range calls {
+		id := c.open("/envoy.service.secret.v3.SecretDiscoveryService/FetchSecrets")
+		c.say(id, said[:len(said)-1], 16<<10, false)
+		asked = append(asked, id)
+	}
+	peak, stop := make(chan uint64), make(chan struct{})
+	go func() {
+		var most uint64
+		for {
+			var m runtime.MemStats
+			runtime.ReadMemStats(&m)
+			most = max(most, m.HeapAlloc)
+			select {
+			case <-stop:
+				peak <- most
+				return
+			case <-time.After(time.Millisecond):
+			}
+		}
+	}()
+	for _, id := range asked {
+		c.say(id, said[len(said)-1:], 1, true)
+	}
+	for _, id := range asked {
+		if st := c.status(id); st.Code() != codes.PermissionDenied {
+			t.Errorf("got %v, want PermissionDenied", st)
+		}
+	}
+	close(stop)
+	if got := <-peak - before; got > calls/2*one {
+		t.Errorf("%d messages took %d MiB, one takes %d", calls, got>>20, one>>20)
+	}
 }
 
 func heap() uint64 {

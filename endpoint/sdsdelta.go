@@ -6,7 +6,6 @@ import (
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"google.golang.org/grpc/mem"
 	"google.golang.org/protobuf/encoding/protowire"
-	"google.golang.org/protobuf/proto"
 )
 
 // delta is the talk of DeltaSecrets. A response holds only what changed.
@@ -17,8 +16,8 @@ type delta struct {
 
 func (t *delta) take(body encoded) (bool, error) {
 	in := new(discoveryv3.DeltaDiscoveryRequest)
-	if err := proto.Unmarshal(body, in); err != nil {
-		return false, errMalformed
+	if err := t.account.decode(body, in); err != nil {
+		return false, err
 	}
 	if err := checkType(in.TypeUrl); err != nil {
 		return false, err

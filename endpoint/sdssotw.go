@@ -3,7 +3,6 @@ package endpoint
 import (
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"google.golang.org/grpc/mem"
-	"google.golang.org/protobuf/proto"
 )
 
 // sotw is the talk of StreamSecrets. A response holds all secrets that the
@@ -17,8 +16,8 @@ type sotw struct {
 
 func (t *sotw) take(body encoded) (bool, error) {
 	in := new(discoveryv3.DiscoveryRequest)
-	if err := proto.Unmarshal(body, in); err != nil {
-		return false, errMalformed
+	if err := t.account.decode(body, in); err != nil {
+		return false, err
 	}
 	return t.heed(in)
 }

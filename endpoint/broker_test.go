@@ -9,6 +9,7 @@ import (
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
+	"crypto/x509/pkix"
 	"errors"
 	"fmt"
 	"io"
@@ -680,6 +681,32 @@ func TestWhoIsNoBrokerGetsNothing(t *testing.T) {
 	})
 	if log := b.log.String(); !strings.Contains(log, "broker refused") || strings.Contains(log, "PRIVATE") {
 		t.Errorf("got log %q, want a line of those that were refused", log)
+	}
+}
+
+// What a certificate says of itself comes into the reason why it is not believed.
+func TestLineOfARefusedBrokerIsShort(t *testing.T) {
+	b := startBrokering(t)
+	subject := pkix.Name{CommonName: strings.Repeat("x", 20000)}
+	ca := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: subject, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		KeyUsage: x509.KeyUsageCertSign, IsCA: true, BasicConstraintsValid: true,
+	}
+	caKey := newKey(t)
+	another := certified(t, ca, ca, caKey, caKey) // which did not sign what follows
+	bad := selfSigned(t, runtimeID.String(), func(c *x509.Certificate) { c.Subject = subject })
+	one := &tls.Certificate{PrivateKey: bad.PrivateKey, Certificate: [][]byte{bad.Certificates[0].Raw, another.Certificates[0].Raw}}
+	conn, err := tls.Dial("tcp", strings.TrimPrefix(b.tcp, "dns:///"), &tls.Config{
+		InsecureSkipVerify: true, NextProtos: []string{"h2"},
+		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return one, nil },
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	eventually(t, "it is logged", func() bool { return strings.Contains(b.log.String(), "broker refused") })
+	if log := b.log.String(); !strings.Contains(log, "xxx") || len(log) > 1000 {
+		t.Errorf("got %d bytes of log, want one short line that names the certificate: %.200s", len(log), log)
 	}
 }
 

@@ -70,7 +70,7 @@ func (h *brokerShaker) ServerHandshake(raw net.Conn) (net.Conn, credentials.Auth
 		return b, b, nil
 	}
 	if from.denials.Allow() {
-		h.s.Log.Info("broker refused", "from", from.name, "address", raw.RemoteAddr().String(), "reason", err)
+		h.s.Log.Info("broker refused", "from", from.name, "address", raw.RemoteAddr().String(), "reason", legible(err.Error()))
 	}
 	b.leave()
 	raw.Close()
@@ -242,7 +242,7 @@ func (b *brokerLink) watch() {
 	for {
 		_, stale := b.s.Authority.Bundles()
 		if err := b.s.verifyBroker(b.chain); err != nil {
-			b.s.Log.Info("broker's connection ends", "spiffe_id", b.id.String(), "reason", err)
+			b.s.Log.Info("broker's connection ends", "spiffe_id", b.id.String(), "reason", legible(err.Error()))
 			close(b.over)
 			select {
 			case <-b.closed:

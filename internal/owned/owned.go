@@ -45,8 +45,12 @@ func File(path string) error {
 }
 
 // ReadFile reads a file, of so many bytes at most, that nobody but root and we
-// could have written.
+// could have written, or put there: another file of root's may hold what a
+// stranger likes.
 func ReadFile(path string, most int) ([]byte, error) {
+	if err := Way(path); err != nil {
+		return nil, err
+	}
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, err

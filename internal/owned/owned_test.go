@@ -130,17 +130,19 @@ func TestWayOfAnotherUser(t *testing.T) {
 
 func TestReadFile(t *testing.T) {
 	for name, tt := range map[string]struct {
-		mode  os.FileMode
-		owner int
-		ours  bool
+		mode       os.FileMode
+		owner, top int
+		ours       bool
 	}{
-		"readable by all":       {0o644, 0, true},
-		"writable by the group": {0o664, 0, false},
-		"writable by all":       {0o606, 0, false},
-		"a stranger's":          {0o600, stranger, false},
+		"readable by all":                  {0o644, 0, 0, true},
+		"writable by the group":            {0o664, 0, 0, false},
+		"writable by all":                  {0o606, 0, 0, false},
+		"a stranger's":                     {0o600, stranger, 0, false},
+		"root's, where a stranger put one": {0o600, 0, stranger, false},
 	} {
 		t.Run(name, func(t *testing.T) {
-			_, dir := tree(t)
+			top, dir := tree(t)
+			must(t, os.Chown(top, tt.top, -1))
 			path := filepath.Join(dir, "file")
 			must(t, os.WriteFile(path, []byte("text"), 0o600))
 			must(t, os.Chmod(path, tt.mode))

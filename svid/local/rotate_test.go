@@ -85,7 +85,8 @@ func TestWhatTheLogSaysOfARotation(t *testing.T) {
 // Keys keep the life that they were made for; the configured one is the next's.
 func TestAnotherCATTLCountsFromTheNextKeyOn(t *testing.T) {
 	for _, c := range []struct{ ttl, prepared, signs time.Duration }{
-		{time.Hour, 23*time.Hour + time.Second, 23*time.Hour + 36*time.Minute},
+		{20 * time.Minute, 23*time.Hour + 40*time.Minute + time.Second, 23*time.Hour + 59*time.Minute + 40*time.Second},
+		{time.Hour, 23*time.Hour + time.Second, 23*time.Hour + 59*time.Minute},
 		{13 * time.Hour, 12 * time.Hour, 20 * time.Hour},
 		{48 * time.Hour, 12 * time.Hour, 20 * time.Hour},
 	} {
@@ -616,7 +617,8 @@ func TestRefreshHintFitsTheRotation(t *testing.T) {
 		}
 		got := bundleOf(a).RefreshHint
 		ca := a.state.X509.Active
-		early := ca.activateAt(&slot{Created: ca.prepareAt(a.o.CATTL)}).Sub(ca.prepareAt(a.o.CATTL))
+		made := ca.prepareAt(a.o.CATTL)
+		early := ca.activateAt(&slot{Created: made, Expires: made.Add(a.o.CATTL)}).Sub(made)
 		if got != c.want || early < 3*got {
 			t.Errorf("CA life %s, hint %s: got %s, want %s; a new key is published for %s", c.ttl, c.hint, got, c.want, early)
 		}

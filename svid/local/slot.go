@@ -17,8 +17,9 @@ const (
 	// so that a clock set back by less forces no new key, which verifiers
 	// elsewhere would not know yet.
 	backdate = time.Hour
-	// lastResort is the part of a key's life at whose end the next key signs
-	// even if it was not published for long: the daemon was off meanwhile.
+	// lastResort is the part of a key's life, or of the next one's if that is
+	// shorter, at whose end the next key signs even if it was not published for
+	// long: the daemon was off meanwhile.
 	lastResort = 60
 )
 
@@ -54,10 +55,11 @@ func (s *slot) prepareAt(ttl time.Duration) time.Time {
 
 // activateAt is when next is to sign instead of s: a third of the life of s
 // after it was published, which is at five sixths of that life if it was made
-// in time. One that was made late waits as long as s can still sign.
+// in time. One that was made late waits as long as s can still sign. So does one
+// that lives for much less: it was made when little of the life of s was left.
 func (s *slot) activateAt(next *slot) time.Time {
 	at := next.Created.Add(s.life() / 3)
-	if last := s.Expires.Add(-s.life() / lastResort); last.Before(at) {
+	if last := s.Expires.Add(-min(s.life(), next.life()) / lastResort); last.Before(at) {
 		return last
 	}
 	return at

@@ -39,7 +39,7 @@ func (c codec) Marshal(v any) (mem.BufferSlice, error) {
 // decode reads a request of this owner. In memory it may take many times
 // what it is long, so an owner's long ones are read one after another.
 func (a *account) decode(body []byte, v any) error {
-	if a != nil && len(body) > freeMessage {
+	if _, ok := v.(proto.Message); ok && a != nil && len(body) > freeMessage {
 		a.decoding.Lock()
 		defer a.decoding.Unlock()
 	}

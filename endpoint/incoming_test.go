@@ -192,6 +192,30 @@ func TestWhatIsSaidToWhoIsBusyCounts(t *testing.T) {
 	}
 }
 
+func TestMessagesThatWaitToBeReadCount(t *testing.T) {
+	const length = 1 << 20
+	w := start(t, limits(func(l *Limits) { l.OwnerMessages = length + length/2 }))
+	w.entry("/a", nil, mine)
+	c := w.wire(w.socket)
+	if st := c.ask("/SpiffeWorkloadAPI/FetchJWTSVID", announce(4, 0x0a, 2, 'd', 'b')); st.Code() != codes.OK { // from here on the owner is known
+		t.Fatal(st)
+	}
+	reading := &w.onlyLink().seat.account().decoding
+	reading.Lock()
+	defer reading.Unlock()
+	said := announce(length, make([]byte, length)...)
+	const method = "/envoy.service.secret.v3.SecretDiscoveryService/StreamSecrets"
+	c.say(c.open(method), said, 16<<10, false)
+	eventually(t, "it counts", func() bool { return w.budget.messages.Load() == length })
+	for range 20 {
+		id := c.open(method)
+		c.say(id, said, 16<<10, false)
+		if st := c.status(id); st.Code() != codes.ResourceExhausted {
+			t.Fatalf("got %v, want ResourceExhausted", st)
+		}
+	}
+}
+
 func TestCallsThatWaitForTheirMessageCountAsStreams(t *testing.T) {
 	w := start(t, limits(func(l *Limits) { l.OwnerStreams = 3 }))
 	c := w.wire(w.socket)

@@ -78,19 +78,21 @@ func (s *Server) fetchSecrets(ctx context.Context, l *link, in *discoveryv3.Disc
 	return discovery(all, t.nextNonce()), nil
 }
 
-// A message is what a client says on a stream, or why it says no more.
+// A message is what a client says on a stream, or why it says no more. Who has
+// dealt with the body says so: it counts until then.
 type message struct {
-	body encoded
-	err  error
+	body  encoded
+	err   error
+	taken chan<- struct{}
 }
 
 // listen reads what the client says, one message at a time, until the stream
 // ends.
 func listen(ctx context.Context, st grpc.ServerStream) <-chan message {
-	said := make(chan message)
+	said, taken := make(chan message), make(chan struct{}, 1)
 	go func() {
 		for {
-			var m message
+			m := message{taken: taken}
 			m.err = st.RecvMsg(&m.body)
 			select {
 			case said <- m:
@@ -98,6 +100,11 @@ func listen(ctx context.Context, st grpc.ServerStream) <-chan message {
 				return
 			}
 			if m.err != nil {
+				return
+			}
+			select {
+			case <-taken:
+			case <-ctx.Done():
 				return
 			}
 		}
@@ -125,9 +132,12 @@ func (s *Server) converse(ctx context.Context, l *link, st grpc.ServerStream, na
 		case err != nil:
 			return err
 		case m != nil:
-			if ask, err := t.take(m.body); err != nil {
+			ask, err := t.take(m.body)
+			m.taken <- struct{}{}
+			if err != nil {
 				return err
-			} else if !ask {
+			}
+			if !ask {
 				continue
 			}
 		}

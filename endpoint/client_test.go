@@ -166,12 +166,15 @@ func half(socket string) error {
 		return err
 	}
 	raw.Control(func(fd uintptr) { err = unix.Dup2(int(fd), 9) })
+	if err == nil {
+		err = unix.SetNonblock(9, false)
+	}
 	if err != nil {
 		return err
 	}
 	var end bytes.Buffer
 	http2.NewFramer(&end, nil).WriteData(1, true, said[last:])
-	script := fmt.Sprintf(`printf '%s' >&9; grep -a -o -m 1 -e '%s' -e '%s' <&9; cat >/dev/null`, octal(end.Bytes()), peer.ErrProgramChanged, domain)
+	script := fmt.Sprintf(`printf '%s' >&9; grep -a -o -m 1 -e '%s' -e '%s' <&9 2>&1; echo over $?; cat >/dev/null`, octal(end.Bytes()), peer.ErrProgramChanged, domain)
 	return syscall.Exec("/bin/sh", []string{"sh", "-c", script}, os.Environ())
 }
 

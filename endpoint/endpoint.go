@@ -134,6 +134,11 @@ const (
 	maxHeaders = 16 << 10
 )
 
+// workers of each server serve one call after another, on a stack that has
+// grown: growing it takes a tenth of a short call. Those that meet long streams
+// stay with them, and other calls get goroutines of their own.
+const workers = 16
+
 // newGate returns a server that serves what all of them do. Buffers are small,
 // because there may be a connection for each of ten thousand processes and a
 // request has a hundred bytes; gRPC takes write buffers from a pool by itself.
@@ -146,6 +151,7 @@ func (s *Server) newGate(h credentials.TransportCredentials, admit admission, de
 		grpc.ForceServerCodecV2(newCodec()),
 		grpc.MaxConcurrentStreams(uint32(s.Limits.ConnStreams)),
 		grpc.MaxHeaderListSize(maxHeaders),
+		grpc.NumStreamWorkers(workers),
 		grpc.ReadBufferSize(4 << 10),
 		grpc.WriteBufferSize(16 << 10),
 		grpc.StaticStreamWindowSize(streamWindow),

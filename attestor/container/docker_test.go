@@ -6,7 +6,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -229,8 +228,7 @@ func TestEngineThatStandsStillIsUnknownOnlyForWhoIsNew(t *testing.T) {
 	old, fresh := e.Run(t, image, "sleep"), e.Run(t, image, "sleep")
 	s := attestorOf(t, e.Socket())
 	s.attest(t, old.PID)
-	syscall.Kill(e.PID(), syscall.SIGSTOP)
-	defer syscall.Kill(e.PID(), syscall.SIGCONT)
+	defer e.Freeze(t)()
 	want(t, only(s.attest(t, old.PID), "container:id:"), "container:id:"+old.ID)
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()

@@ -5,7 +5,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
@@ -46,10 +45,7 @@ func TestAttestOfARealContainer(t *testing.T) {
 	}
 
 	// The engine stops answering, and what was kept is dropped.
-	if err := syscall.Kill(e.PID(), syscall.SIGSTOP); err != nil {
-		t.Fatal(err)
-	}
-	resume := sync.OnceFunc(func() { syscall.Kill(e.PID(), syscall.SIGCONT) })
+	resume := e.Freeze(t)
 	defer resume()
 	all.configure(t, text(Settings{}))
 	one.configure(t, text(Settings{Type: "image"}))

@@ -83,9 +83,6 @@ func Start(tb testing.TB) *Engine {
 // Socket is the path of the API's socket. It is root's, in root's directory.
 func (e *Engine) Socket() string { return filepath.Join(e.dir, "docker.sock") }
 
-// PID is that of the daemon, for a test that stops and continues it.
-func (e *Engine) PID() int { return e.daemon.cmd.Process.Pid }
-
 // Docker runs Docker's command line against the engine and returns what it
 // wrote to its standard output, without white space around it.
 func (e *Engine) Docker(tb testing.TB, args ...string) string {
